@@ -24,8 +24,9 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 # fmt: off
 SPECIALS = [
     "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>",
-    "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
-    "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>",
+    "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
+    "<tool_response|>", '<|"|>', "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>",
+    "<|audio|>",
 ]
 # fmt: on
 SPECIAL_IDS = {token: i for i, token in enumerate(SPECIALS)}
