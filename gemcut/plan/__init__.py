@@ -19,7 +19,7 @@ from gemcut.plan.facts import (
     VisionPlan,
 )
 from gemcut.plan.parse import parse_config
-from gemcut.plan.tensors import is_dead_tensor, parameter_count, tensor_shapes
+from gemcut.plan.tensors import canonical_name, is_dead_tensor, parameter_count, tensor_shapes
 
 __all__ = [
     "AudioPlan",
@@ -33,6 +33,7 @@ __all__ = [
     "TokenIds",
     "VisionPlan",
     "Work",
+    "canonical_name",
     "forward_work",
     "is_dead_tensor",
     "kv_bytes",

@@ -10,6 +10,7 @@ from gemcut.errors import ConfigError
 from gemcut.plan.facts import (
     AudioPlan,
     ExpertsPlan,
+    LayerKind,
     LayerPlan,
     ModelPlan,
     PatchEmbedderPlan,
@@ -22,14 +23,22 @@ from gemcut.plan.facts import (
 
 MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 
-# Written by transformers or the hub, and without effect on what the model computes. The first line
-# holds the class defaults that every config inherits.
+# Written by transformers or the hub, and without effect on what the model computes. The first two
+# lines are class defaults that every config inherits.
 HARMLESS = frozenset(
-    """
-    _name_or_path architectures chunk_size_feed_forward id2label label2id problem_type return_dict
-    is_encoder_decoder output_attentions output_hidden_states transformers_version _from_model_config
-    dtype torch_dtype initializer_range attention_dropout use_cache auto_map
-    """.split()
+    (
+        *(
+            "_name_or_path",
+            "architectures",
+            "chunk_size_feed_forward",
+            "id2label",
+            "label2id",
+            "problem_type",
+        ),
+        *("return_dict", "is_encoder_decoder", "output_attentions", "output_hidden_states"),
+        *("transformers_version", "_from_model_config", "auto_map"),
+        *("dtype", "torch_dtype", "initializer_range", "attention_dropout", "use_cache"),
+    )
 )
 # Restate what another key or the processor already says, or belong to parts that have none of it.
 RESTATED = {
@@ -232,11 +241,11 @@ def _parse_text(keys: _Keys, unified: bool) -> TextPlan:
     )
 
 
-def _layer_kinds(keys: _Keys, count: int) -> list[str]:
-    names = {"sliding_attention": "sliding", "full_attention": "full"}
+def _layer_kinds(keys: _Keys, count: int) -> list[LayerKind]:
+    names: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
     listed = keys.get("layer_types")
     if listed is None:  # transformers' default: five sliding, one full
-        kinds = ["full" if (i + 1) % 6 == 0 else "sliding" for i in range(count)]
+        kinds: list[LayerKind] = ["full" if (i + 1) % 6 == 0 else "sliding" for i in range(count)]
     else:
         if not isinstance(listed, list) or any(name not in names for name in listed):
             raise ConfigError(
@@ -251,7 +260,7 @@ def _layer_kinds(keys: _Keys, count: int) -> list[str]:
     return kinds
 
 
-def _layer_shapes(keys: _Keys, kinds: list[str], k_eq_v: bool) -> list[tuple[int, int]]:
+def _layer_shapes(keys: _Keys, kinds: list[LayerKind], k_eq_v: bool) -> list[tuple[int, int]]:
     """(head_dim, kv_heads) of every layer, from either spelling of spec 1.1."""
     head_dim = keys.whole("head_dim", 256)
     kv_heads = keys.whole("num_key_value_heads", 4)
@@ -278,7 +287,7 @@ def _per_layer_shapes(keys: _Keys, count: int, head_dim: int, kv_heads: int) -> 
     return shapes
 
 
-def _kv_sources(kinds: list[str], shared: int) -> list[int]:
+def _kv_sources(kinds: list[LayerKind], shared: int) -> list[int]:
     """Which layer's K and V each layer reads: its own, or the last own-KV layer of its kind (spec 2.3)."""
     first_shared = len(kinds) - shared
     if first_shared < 1:

@@ -43,6 +43,17 @@ def is_dead_tensor(plan: ModelPlan, name: str) -> bool:
     return not plan.text.layers[int(found[1])].owns_kv
 
 
+def canonical_name(plan: ModelPlan, name: str) -> str:
+    """The name of `tensor_shapes` for a name on disk: the 12B's embedder has two spellings (spec 8.1)."""
+    if plan.patch_embedder is None:
+        return name
+    if name == "model.embed_vision.embedding_projection.weight":
+        return "model.embed_vision.multimodal_embedder.embedding_projection.weight"
+    if name.startswith("model.vision_embedder."):
+        return "model.embed_vision." + name.removeprefix("model.vision_embedder.")
+    return name
+
+
 def _text(text: TextPlan, prefix: str) -> Shapes:
     shapes: Shapes = {
         f"{prefix}embed_tokens.weight": (text.vocab, text.hidden),
