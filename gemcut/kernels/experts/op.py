@@ -1,0 +1,91 @@
+"""The mixture of experts: routing, and the two grouped products around the gated activation (spec 2.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from gemcut.kernels.backend import Backend
+from gemcut.kernels.check import check, check_activation
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Routing:
+    """Which experts each token goes to, and the order in which grouped products visit the pairs.
+
+    weights: [T, K] fp32. experts: [T, K] int64. order: [T * K] int64, the flat (token, slot) pairs
+    sorted by expert, tokens ascending within one. offsets: [E + 1] int64, expert e owns
+    order[offsets[e] : offsets[e + 1]].
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+    order: torch.Tensor
+    offsets: torch.Tensor
+
+
+def route_experts(
+    r: torch.Tensor, weight: torch.Tensor, per_expert_scale: torch.Tensor, *, top_k: int, backend: Backend
+) -> Routing:
+    """Router product, softmax over all experts, top k, renormalise, times per_expert_scale.
+
+    r: [T, H] router input. weight: [E, H]. per_expert_scale: [E]. The logits are rounded to the
+    activation dtype, everything after is fp32; ties go to the lowest expert (spec 10, items 8, 9).
+    """
+    check_activation("route_experts", "r", r, 2)
+    check("route_experts", "weight", weight, (None, r.shape[1]), r.dtype, r.device)
+    check("route_experts", "per_expert_scale", per_expert_scale, weight.shape[:1], r.dtype, r.device)
+    probabilities = functional.linear(r, weight).float().softmax(dim=-1)
+    ranked, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights, experts = ranked[:, :top_k], index[:, :top_k]
+    weights = weights / weights.sum(dim=-1, keepdim=True) * per_expert_scale[experts].float()
+    flat = experts.flatten()
+    counts = torch.bincount(flat, minlength=weight.shape[0])
+    offsets = functional.pad(counts.cumsum(0), (1, 0))
+    return Routing(weights.contiguous(), experts.contiguous(), flat.argsort(stable=True), offsets)
+
+
+def grouped_glu(
+    h: torch.Tensor, gate_up: torch.Tensor, routing: Routing, *, backend: Backend
+) -> torch.Tensor:
+    """First expert product with its activation: gelu_tanh(gate) * up for each (token, slot) pair.
+
+    h: [T, H]; rows are gathered here. gate_up: [E, 2I, H], gate rows first.
+    Returns [T * K, I] in the order of `routing.order`.
+    """
+    check_activation("grouped_glu", "h", h, 2)
+    check("grouped_glu", "gate_up", gate_up, (None, None, h.shape[1]), h.dtype, h.device)
+    top_k = routing.experts.shape[1]
+    out = h.new_empty(routing.order.shape[0], gate_up.shape[1] // 2)
+    for expert, start, stop in _groups(routing):
+        rows = routing.order[start:stop] // top_k
+        gate, up = functional.linear(h[rows], gate_up[expert]).chunk(2, dim=-1)
+        out[start:stop] = functional.gelu(gate, approximate="tanh") * up
+    return out
+
+
+def grouped_linear(
+    m: torch.Tensor, down: torch.Tensor, routing: Routing, *, backend: Backend
+) -> torch.Tensor:
+    """Second expert product. m: [T * K, I] in the order of `routing.order`; down: [E, H, I].
+
+    Returns t [T, K, H]: every token's expert outputs, in slot order.
+    """
+    check_activation("grouped_linear", "m", m, 2)
+    check("grouped_linear", "down", down, (None, None, m.shape[1]), m.dtype, m.device)
+    out = m.new_empty(m.shape[0], down.shape[1])
+    for expert, start, stop in _groups(routing):
+        out[routing.order[start:stop]] = functional.linear(m[start:stop], down[expert])
+    return out.view(*routing.experts.shape, -1)
+
+
+def _groups(routing: Routing) -> list[tuple[int, int, int]]:
+    """(expert, start, stop) of every expert that has rows."""
+    bounds = routing.offsets.tolist()
+    return [
+        (e, start, stop)
+        for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        if start < stop
+    ]

@@ -1,0 +1,56 @@
+"""Segment B: from the QKV product to attention (spec 2.2 B1, B2; 2.7)."""
+
+from __future__ import annotations
+
+import torch
+
+from gemcut.kernels.add_norm.op import rms_norm
+from gemcut.kernels.backend import Backend
+from gemcut.kernels.check import check, check_activation
+from gemcut.kernels.rope.op import rotate
+
+
+def prepare_qkv(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    rope: torch.Tensor,
+    slots: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    *,
+    q_heads: int,
+    eps: float,
+    backend: Backend,
+) -> torch.Tensor:
+    """Norm q, k and v per head, turn q and k, write k and v to their pages; return q.
+
+    qkv: [T, (Hq + n Hk) D], n = 2, or 1 if V comes from the raw K product (k_eq_v, spec 2.2).
+    q_norm, k_norm: [D]. rope: [2, T, A]. slots: [T] int64, page * page_size + offset, or -1 for
+    padding rows, which are not written. k_pages, v_pages: [pages, page_size, Hk, D], written in place.
+    Returns q [T, Hq, D].
+    """
+    check_activation("prepare_qkv", "qkv", qkv, 2)
+    count, head = qkv.shape[0], q_norm.shape[-1]
+    pages = k_pages.shape[0]
+    check("prepare_qkv", "q_norm", q_norm, (head,), qkv.dtype, qkv.device)
+    check("prepare_qkv", "k_norm", k_norm, (head,), qkv.dtype, qkv.device)
+    check("prepare_qkv", "rope", rope, (2, count, None), qkv.dtype, qkv.device)
+    check("prepare_qkv", "slots", slots, (count,), torch.int64, qkv.device)
+    check("prepare_qkv", "k_pages", k_pages, (pages, None, None, head), qkv.dtype, qkv.device)
+    check("prepare_qkv", "v_pages", v_pages, k_pages.shape, qkv.dtype, qkv.device)
+    kv_heads = k_pages.shape[2]
+    q_width, kv_width = q_heads * head, kv_heads * head
+    if qkv.shape[1] not in (q_width + kv_width, q_width + 2 * kv_width):
+        raise ValueError(
+            f"prepare_qkv: qkv must have {q_width + kv_width} columns (k_eq_v) or {q_width + 2 * kv_width}, "
+            f"got {qkv.shape[1]}"
+        )
+    q = qkv[:, :q_width].view(count, q_heads, head)
+    k = qkv[:, q_width : q_width + kv_width].view(count, kv_heads, head)
+    v = k if qkv.shape[1] == q_width + kv_width else qkv[:, q_width + kv_width :].view(count, kv_heads, head)
+    kept = slots >= 0
+    where = slots[kept]
+    k_pages.view(-1, kv_heads, head)[where] = rotate(rms_norm(k, k_norm, eps), rope)[kept]
+    v_pages.view(-1, kv_heads, head)[where] = rms_norm(v, None, eps)[kept]
+    return rotate(rms_norm(q, q_norm, eps), rope)

@@ -1,0 +1,117 @@
+"""The vision tower's segments, over the packed patches of several pictures (spec 4.2, 4.3)."""
+
+from __future__ import annotations
+
+import torch
+
+from gemcut.data import pixel_values
+from gemcut.kernels.add_norm.op import rms_norm
+from gemcut.kernels.backend import Backend
+from gemcut.kernels.check import INTS, check, check_activation
+from gemcut.kernels.rope.op import rotate
+
+
+def scale_patches(pixels: torch.Tensor, dtype: torch.dtype, *, backend: Backend) -> torch.Tensor:
+    """2 (px - 0.5) in fp32, then cast. pixels: [N, 768] uint8. Returns [N, 768]."""
+    check("scale_patches", "pixels", pixels, (None, None), torch.uint8, pixels.device)
+    values = torch.from_numpy(pixel_values()).to(pixels.device)
+    return (2 * (values - 0.5)).to(dtype)[pixels.int()]
+
+
+def add_positions(
+    x: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    next_weight: torch.Tensor,
+    *,
+    eps: float,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + (table[0][px] + table[1][py]), the table sum rounded first; then the first layer's norm.
+
+    x: [N, H] patch projection. table: [2, P, H]. positions: [N, 2] int, (x, y). next_weight: [H].
+    Returns (x [N, H], h [N, H]).
+    """
+    check_activation("add_positions", "x", x, 2)
+    check("add_positions", "table", table, (2, None, x.shape[1]), x.dtype, x.device)
+    check("add_positions", "positions", positions, (x.shape[0], 2), INTS, x.device)
+    check("add_positions", "next_weight", next_weight, x.shape[1:], x.dtype, x.device)
+    x = x + (table[0][positions[:, 0]] + table[1][positions[:, 1]])
+    return x, rms_norm(x, next_weight, eps)
+
+
+def prepare_tower_qkv(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    x_rope: torch.Tensor,
+    y_rope: torch.Tensor,
+    *,
+    eps: float,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Norm q, k, v per head; turn the first half of each head by the column, the second by the row.
+
+    qkv: [N, 3 heads D]. q_norm, k_norm: [D]. x_rope, y_rope: [2, N, D/4].
+    Returns q, k, v, each [N, heads, D].
+    """
+    check_activation("prepare_tower_qkv", "qkv", qkv, 2)
+    count, head = qkv.shape[0], q_norm.shape[0]
+    check("prepare_tower_qkv", "q_norm", q_norm, (head,), qkv.dtype, qkv.device)
+    check("prepare_tower_qkv", "k_norm", k_norm, (head,), qkv.dtype, qkv.device)
+    for name, table in (("x_rope", x_rope), ("y_rope", y_rope)):
+        check("prepare_tower_qkv", name, table, (2, count, head // 4), qkv.dtype, qkv.device)
+    q, k, v = qkv.view(count, 3, -1, head).unbind(dim=1)
+
+    def turn(part: torch.Tensor) -> torch.Tensor:
+        left, right = part.chunk(2, dim=-1)
+        return torch.cat([rotate(left, x_rope), rotate(right, y_rope)], dim=-1)
+
+    return turn(rms_norm(q, q_norm, eps)), turn(rms_norm(k, k_norm, eps)), rms_norm(v, None, eps)
+
+
+def tower_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, *, backend: Backend
+) -> torch.Tensor:
+    """Bidirectional attention within each picture, scale 1.0.
+
+    q, k, v: [N, heads, D], pictures one after another. starts: [B + 1] int32, picture b owns patches
+    [starts[b], starts[b + 1]). Returns [N, heads, D].
+    """
+    check_activation("tower_attention", "q", q, 3)
+    check("tower_attention", "k", k, q.shape, q.dtype, q.device)
+    check("tower_attention", "v", v, q.shape, q.dtype, q.device)
+    check("tower_attention", "starts", starts, (None,), torch.int32, q.device)
+    bounds = starts.tolist()
+    out = torch.empty_like(q)
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        # fp32 inside, one rounding
+        queries, keys, values = (part[start:stop].transpose(0, 1).float() for part in (q, k, v))
+        scores = queries @ keys.transpose(1, 2)  # [heads, n, n]
+        out[start:stop] = (scores.softmax(dim=-1) @ values).transpose(0, 1).to(q.dtype)
+    return out
+
+
+def pool_patches(
+    x: torch.Tensor,
+    cells: torch.Tensor,
+    std_bias: torch.Tensor | None,
+    std_scale: torch.Tensor | None,
+    *,
+    eps: float,
+    backend: Backend,
+) -> torch.Tensor:
+    """Mean of each cell's nine patches, times sqrt(H), standardised, then the projector's unscaled norm.
+
+    x: [N, H]. cells: [S, 9] int, the patches of each soft token. std_bias, std_scale: [H], both or
+    none. Rounded after the mean, after the standardisation and after the norm (spec 4.3).
+    Returns [S, H].
+    """
+    check_activation("pool_patches", "x", x, 2)
+    check("pool_patches", "cells", cells, (None, 9), INTS, x.device)
+    pooled = (x[cells].float() / 9).sum(dim=1).to(x.dtype).float() * x.shape[1] ** 0.5
+    if std_bias is not None and std_scale is not None:
+        check("pool_patches", "std_bias", std_bias, x.shape[1:], x.dtype, x.device)
+        check("pool_patches", "std_scale", std_scale, x.shape[1:], x.dtype, x.device)
+        pooled = (pooled - std_bias.float()) * std_scale.float()
+    return rms_norm(pooled.to(x.dtype), None, eps)

@@ -1,0 +1,266 @@
+"""The decoder. One line per segment, labelled with the letters of spec 2.6: the listing is the kernel map.
+
+x is the residual stream, h is x normed for this layer by the operation that closed the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gemcut.kernels import (
+    Backend,
+    add_norm,
+    add_norm_moe,
+    close_layer,
+    close_layer_moe,
+    embed,
+    glu,
+    grouped_glu,
+    grouped_linear,
+    logits,
+    paged_attention,
+    prepare_qkv,
+    rope_table,
+    route_experts,
+)
+from gemcut.models.batch import Batch, LayerKV, PagedRows
+from gemcut.nn.linear import FusedLinear, Linear
+from gemcut.nn.norm import Norm
+from gemcut.nn.rope import text_inv_freq
+from gemcut.plan import ExpertsPlan, LayerPlan, TextPlan
+
+
+class Attention(nn.Module):
+    """q, k, v to pages, attention over them, output projection."""
+
+    def __init__(self, text: TextPlan, layer: LayerPlan, backend: Backend) -> None:
+        super().__init__()
+        q_width, kv_width = layer.q_heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        sources = [("q_proj", q_width), ("k_proj", kv_width)]
+        if not layer.k_eq_v:
+            sources.append(("v_proj", kv_width))
+        self.qkv_proj = FusedLinear(text.hidden, tuple(sources), backend)
+        self.q_norm, self.k_norm = Norm(layer.head_dim), Norm(layer.head_dim)
+        self.o_proj = Linear(q_width, text.hidden, backend)
+        self.layer, self.eps, self.backend = layer, text.eps, backend
+        self.sees_blocks = text.bidirectional_vision and layer.kind == "sliding"
+
+    def forward(
+        self, h: torch.Tensor, rope: torch.Tensor, rows: PagedRows, kv: LayerKV, batch: Batch
+    ) -> torch.Tensor:
+        q = prepare_qkv(  # B
+            self.qkv_proj(h),  # G1
+            self.q_norm.weight,
+            self.k_norm.weight,
+            rope,
+            rows.slots,
+            kv.k_pages,
+            kv.v_pages,
+            q_heads=self.layer.q_heads,
+            eps=self.eps,
+            backend=self.backend,
+        )
+        o = paged_attention(
+            q,
+            kv.k_pages,
+            kv.v_pages,
+            rows.table,
+            batch.query_start,
+            batch.seq_lens,
+            batch.spans if self.sees_blocks else None,
+            window=self.layer.window,
+            backend=self.backend,
+        )
+        return self.o_proj(o.flatten(1))  # G2
+
+
+class DenseMLP(nn.Module):
+    def __init__(self, hidden: int, width: int, backend: Backend) -> None:
+        super().__init__()
+        self.gate_up_proj = FusedLinear(hidden, (("gate_proj", width), ("up_proj", width)), backend)
+        self.down_proj = Linear(width, hidden, backend)
+        self.backend = backend
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(glu(self.gate_up_proj(h), backend=self.backend))  # G3, D, G4
+
+
+class Router(nn.Module):
+    """Parameters of the router; `scale` is used by the segment before it."""
+
+    def __init__(self, hidden: int, experts: ExpertsPlan, backend: Backend) -> None:
+        super().__init__()
+        self.proj = Linear(hidden, experts.count, backend)
+        self.scale = nn.Parameter(torch.empty(hidden), requires_grad=False)
+        self.per_expert_scale = nn.Parameter(torch.empty(experts.count), requires_grad=False)
+
+
+class Experts(nn.Module):
+    """All experts' weights, stacked as in the checkpoint: gate rows before up rows."""
+
+    def __init__(self, hidden: int, experts: ExpertsPlan) -> None:
+        super().__init__()
+        shape = experts.count, 2 * experts.width, hidden
+        self.gate_up_proj = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.empty(experts.count, hidden, experts.width), requires_grad=False)
+
+
+class DenseLayer(nn.Module):
+    """A decoder layer with a dense MLP."""
+
+    def __init__(self, text: TextPlan, layer: LayerPlan, backend: Backend) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(text.hidden)
+        self.self_attn = Attention(text, layer, backend)
+        self.post_attention_layernorm = Norm(text.hidden)
+        self.pre_feedforward_layernorm = Norm(text.hidden)
+        self.mlp = DenseMLP(text.hidden, layer.ff_width, backend)
+        self.post_feedforward_layernorm = Norm(text.hidden)
+        self.layer_scalar = nn.Parameter(torch.empty(1), requires_grad=False)
+        self.eps, self.backend = text.eps, backend
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        next_norm: Norm,
+        rope: torch.Tensor,
+        rows: PagedRows,
+        kv: LayerKV,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, h: [T, H]. Returns the stream after this layer, and normed by `next_norm`."""
+        a = self.self_attn(h, rope, rows, kv, batch)
+        x, h = add_norm(  # C
+            x,
+            a,
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+        return close_layer(  # E
+            x,
+            self.mlp(h),
+            self.post_feedforward_layernorm.weight,
+            self.layer_scalar,
+            next_norm.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+
+class MoELayer(DenseLayer):
+    """A decoder layer with experts beside its dense MLP (spec 2.4)."""
+
+    def __init__(self, text: TextPlan, layer: LayerPlan, experts: ExpertsPlan, backend: Backend) -> None:
+        super().__init__(text, layer, backend)
+        self.pre_feedforward_layernorm_2 = Norm(text.hidden)
+        self.router = Router(text.hidden, experts, backend)
+        self.experts = Experts(text.hidden, experts)
+        self.post_feedforward_layernorm_1 = Norm(text.hidden)
+        self.post_feedforward_layernorm_2 = Norm(text.hidden)
+        self.top_k = experts.top_k
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        next_norm: Norm,
+        rope: torch.Tensor,
+        rows: PagedRows,
+        kv: LayerKV,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self.self_attn(h, rope, rows, kv, batch)
+        x, h, r, e = add_norm_moe(  # C-MoE
+            x,
+            a,
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            self.router.scale,
+            self.pre_feedforward_layernorm_2.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+        d = self.mlp(h)
+        routing = route_experts(  # RT
+            r, self.router.proj.weight, self.router.per_expert_scale, top_k=self.top_k, backend=self.backend
+        )
+        m = grouped_glu(e, self.experts.gate_up_proj, routing, backend=self.backend)  # D-exp
+        t = grouped_linear(m, self.experts.down_proj, routing, backend=self.backend)
+        return close_layer_moe(  # E-MoE
+            x,
+            d,
+            t,
+            routing.weights,
+            self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm.weight,
+            self.layer_scalar,
+            next_norm.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+
+class Embedding(nn.Module):
+    """weight [V, H]: input embedding and, tied, the head."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden), requires_grad=False)
+
+
+class Decoder(nn.Module):
+    """The text backbone: token ids and soft tokens in, logits out."""
+
+    def __init__(self, plan: TextPlan, backend: Backend) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(plan.vocab, plan.hidden)
+        self.layers = nn.ModuleList(_layer(plan, layer, backend) for layer in plan.layers)
+        self.norm = Norm(plan.hidden)
+        self.plan, self.backend = plan, backend
+
+    def forward(self, batch: Batch, kv: Sequence[LayerKV]) -> torch.Tensor:
+        """Run one step; K and V are written to the pages of `kv`, one entry a layer.
+
+        Returns the final normed hidden states [T, H].
+        """
+        # angles of each layer kind, once a step
+        ropes = {
+            layer.kind: rope_table(
+                batch.positions,
+                text_inv_freq(layer.rope, batch.positions.device),
+                self.embed_tokens.weight.dtype,
+                backend=self.backend,
+            )
+            for layer in {layer.kind: layer for layer in self.plan.layers}.values()
+        }
+        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        x, h = embed(  # S0
+            batch.token_ids,
+            self.embed_tokens.weight,
+            batch.soft,
+            batch.soft_rows,
+            norms[0].weight,
+            eps=self.plan.eps,
+            backend=self.backend,
+        )
+        for plan, layer, next_norm in zip(self.plan.layers, self.layers, norms[1:], strict=True):
+            rows = batch.sliding if plan.kind == "sliding" else batch.full
+            x, h = layer(x, h, next_norm, ropes[plan.kind], rows, kv[plan.kv_layer], batch)
+        return h
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Soft-capped logits of final hidden states. h: [L, H]. Returns [L, V] fp32."""
+        return logits(h, self.embed_tokens.weight, softcap=self.plan.softcap, backend=self.backend)  # Z
+
+
+def _layer(text: TextPlan, layer: LayerPlan, backend: Backend) -> DenseLayer:
+    if layer.experts is not None:
+        return MoELayer(text, layer, layer.experts, backend)
+    return DenseLayer(text, layer, backend)

@@ -1,0 +1,1 @@
+"""Parameter holders of the models: what a layer owns, under its checkpoint names."""
