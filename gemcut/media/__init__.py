@@ -1,0 +1,1 @@
+"""Bytes -> arrays: pictures decoded, put right and cut into patches. Without torch."""
