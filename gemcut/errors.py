@@ -1,11 +1,11 @@
 """The error tree. A message says what is wrong, how much, and the remedy.
 
-    GemcutError
-    ├── InvalidRequest   the caller's input (HTTP 400); `param` names the field
-    ├── NotFound         a model, file or route that is not there (404)
-    ├── Overloaded       no room now, later perhaps (503); `retry_after_s`
-    ├── ConfigError      a setting, or a model config, that cannot be honoured
-    └── CheckpointError  weights or tokenizer files that are not what the config promises
+GemcutError
+├── InvalidRequest   the caller's input (HTTP 400); `param` names the field
+├── NotFound         a model, file or route that is not there (404)
+├── Overloaded       no room now, later perhaps (503); `retry_after_s`
+├── ConfigError      a setting, or a model config, that cannot be honoured
+└── CheckpointError  weights or tokenizer files that are not what the config promises
 """
 
 from __future__ import annotations

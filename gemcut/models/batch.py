@@ -23,10 +23,9 @@ class PagedRows:
 class Batch:
     """T tokens of R rows, one after another.
 
-    token_ids, positions: [T] int64. query_start: [R + 1] int32. seq_lens: [R] int32, the new tokens included.
+    token_ids, positions: [T] int64. query_start: [R + 1] int32. seq_lens: [R] int32, new tokens included.
     spans: [T, 2] int32, positions [begin, end) of the token's vision block; None without pictures.
-    soft: [S, H] soft tokens, soft_rows: [T] int64, the row of `soft` that replaces a token or -1; both or none.
-    logit_rows: [L] int64, the tokens whose logits are wanted.
+    soft: [S, H] soft tokens; soft_rows: [T] int64, the soft token that replaces a token, or -1. Both or none.
     """
 
     token_ids: torch.Tensor
@@ -35,7 +34,6 @@ class Batch:
     seq_lens: torch.Tensor
     sliding: PagedRows
     full: PagedRows
-    logit_rows: torch.Tensor
     spans: torch.Tensor | None = None
     soft: torch.Tensor | None = None
     soft_rows: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""Segment C: residual add and the norms around it, from an output projection to the next product (spec 2.6)."""
+"""Segment C: residual add and the norms around it, between two products (spec 2.6)."""
 
 from __future__ import annotations
 

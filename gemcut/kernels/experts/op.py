@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -84,8 +85,4 @@ def grouped_linear(
 def _groups(routing: Routing) -> list[tuple[int, int, int]]:
     """(expert, start, stop) of every expert that has rows."""
     bounds = routing.offsets.tolist()
-    return [
-        (e, start, stop)
-        for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
-        if start < stop
-    ]
+    return [(e, start, stop) for e, (start, stop) in enumerate(pairwise(bounds)) if start < stop]

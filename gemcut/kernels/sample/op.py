@@ -22,19 +22,15 @@ def sample(
 
     logits: [R, V] fp32, suppressed ids at -inf. temperature: [R] fp32, 0 means greedy.
     top_k: [R] int64, V to keep all. top_p, min_p: [R] fp32, 1 and 0 to keep all.
-    uniform: [R] fp32 in [0, 1): the row's random number; the draw is the inverse of the cumulative
+    uniform: [R] fp64 in [0, 1): the row's random number; the draw is the inverse of the cumulative
     distribution in order of falling probability, so a row's token depends on its own number alone.
     Ties go to the lowest id. Returns [R] int64.
     """
     rows, device = logits.shape[0], logits.device
     check("sample", "logits", logits, (None, None), torch.float32, device)
-    for name, tensor in (
-        ("temperature", temperature),
-        ("top_p", top_p),
-        ("min_p", min_p),
-        ("uniform", uniform),
-    ):
+    for name, tensor in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
         check("sample", name, tensor, (rows,), torch.float32, device)
+    check("sample", "uniform", uniform, (rows,), torch.float64, device)
     check("sample", "top_k", top_k, (rows,), torch.int64, device)
     greedy = logits.argmax(dim=-1)
     warm = temperature > 0
@@ -50,7 +46,7 @@ def sample(
     kept = (before < top_p[:, None]) & (probabilities >= min_p[:, None] * probabilities[:, :1])
     probabilities = torch.where(kept, probabilities, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
-    drawn = (cumulative <= uniform.double()[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
     # rounding may carry a draw past the end: the last kept token is meant
     last = (kept & (probabilities > 0)).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
     chosen = ids.gather(-1, torch.minimum(drawn, last)).squeeze(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from gemcut.data import pixel_values
@@ -84,7 +86,7 @@ def tower_attention(
     check("tower_attention", "starts", starts, (None,), torch.int32, q.device)
     bounds = starts.tolist()
     out = torch.empty_like(q)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         # fp32 inside, one rounding
         queries, keys, values = (part[start:stop].transpose(0, 1).float() for part in (q, k, v))
         scores = queries @ keys.transpose(1, 2)  # [heads, n, n]

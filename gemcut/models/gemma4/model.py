@@ -55,9 +55,12 @@ class Gemma4(nn.Module):
         return self.embed_vision(self.vision_tower(patches))
 
     def forward(self, batch: Batch, kv: Sequence[LayerKV]) -> torch.Tensor:
-        """Logits [L, V] fp32 of the rows that `batch.logit_rows` names; K and V go to `kv`."""
-        decoder = self.language_model
-        return decoder.logits(decoder(batch, kv)[batch.logit_rows])
+        """Final normed hidden states [T, H] of one step; K and V go to the pages of `kv`."""
+        return self.language_model(batch, kv)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Soft-capped logits [L, V] fp32 of the hidden states [L, H] of the tokens that need them."""
+        return self.language_model.logits(h)
 
     def checkpoint_map(self) -> dict[str, Destination]:
         """Checkpoint tensor name -> the rows of the parameter that it fills."""

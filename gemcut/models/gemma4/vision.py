@@ -1,4 +1,4 @@
-"""The vision tower of 26B-A4B and 31B: packed patches of several pictures in, soft tokens out (spec 4.2, 4.3)."""
+"""The vision tower of 26B-A4B and 31B: packed patches in, features of the soft tokens out (spec 4.2, 4.3)."""
 
 from __future__ import annotations
 

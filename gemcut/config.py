@@ -1,0 +1,57 @@
+"""The engine's settings: frozen, handed downward, narrowed at each door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gemcut.errors import ConfigError
+
+DeviceName = str  # "auto", "cpu", "cuda", "cuda:1"
+DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine is started with.
+
+    model: folder or hub id; None for the demo checkpoint. device: "auto" takes a GPU if there is one.
+    dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU, which has no fast bfloat16.
+    kv_bytes: memory of the KV cache; None takes `gpu_memory_utilization` of the GPU's memory less what
+    is in use, or 1 GiB on a CPU. max_num_batched_tokens: tokens of a step. max_num_seqs: sequences that
+    run at once. max_model_len: None for the model's context, or less if the KV cache cannot hold it.
+    image_tokens: budget of a picture when a request names none; None for the checkpoint's.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    device: DeviceName = "auto"
+    dtype: DTypeName = "auto"
+    kernels: Literal["auto", "torch"] = "auto"
+    kv_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    page_size: int = 16
+    enable_prefix_caching: bool = True
+    image_tokens: int | None = None
+    seed: int | None = None
+    allow_unknown_config: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} does not exist. Choose one of: {', '.join(DTYPES)}.")
+        for name in ("max_num_batched_tokens", "max_num_seqs", "page_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization must lie above 0 and at most 1, got {self.gpu_memory_utilization}."
+            )
+        for name in ("kv_bytes", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")

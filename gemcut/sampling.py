@@ -1,0 +1,167 @@
+"""How the next token is chosen: what a request asks for, and what a checkpoint suggests (spec 6.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gemcut.errors import CheckpointError, InvalidRequest
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """One request's choices. None for temperature, top_k or top_p: the checkpoint's default.
+
+    n: answers to the prompt. temperature: 0 takes the likeliest token. top_k: 0 keeps all.
+    min_p: least probability, as a share of the likeliest token's.
+    presence_penalty, frequency_penalty: taken off the logits of generated tokens (once, and for each
+    time); repetition_penalty divides positive and multiplies negative logits of prompt and answer.
+    max_tokens: None for all that the context leaves. min_tokens: before that, nothing ends the answer.
+    stop: strings that end it and are not part of it; stop_token_ids: ids that do, beside the model's own.
+    logit_bias: id -> addend. allowed_token_ids: nothing else may come.
+    logprobs: this many likeliest tokens with each token, of the model's own distribution (before
+    penalties and temperature); prompt_logprobs: the same for the prompt.
+    seed: the same seed draws the same random numbers whatever else runs; None draws one.
+    Raises InvalidRequest naming the field that is out of range.
+    """
+
+    n: int = 1
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str | tuple):
+                object.__setattr__(self, name, tuple(value))
+        _whole(self, "n", 1, 64)
+        _number(self, "temperature", 0.0, 100.0)
+        _whole(self, "top_k", 0)
+        _number(self, "top_p", 0.0, 1.0, open_low=True)
+        _number(self, "min_p", 0.0, 1.0)
+        _number(self, "presence_penalty", -2.0, 2.0)
+        _number(self, "frequency_penalty", -2.0, 2.0)
+        _number(self, "repetition_penalty", 0.0, 100.0, open_low=True)
+        _whole(self, "max_tokens", 1)
+        _whole(self, "min_tokens", 0)
+        _whole(self, "logprobs", 0, MAX_LOGPROBS)
+        _whole(self, "prompt_logprobs", 0, MAX_LOGPROBS)
+        _whole(self, "seed", -(2**63), 2**64 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", "min_tokens"
+            )
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InvalidRequest("stop must hold strings that are not empty.", "stop")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequest("allowed_token_ids is empty: no token could ever come.", "allowed_token_ids")
+        for token, bias in self.logit_bias.items():
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                raise InvalidRequest(
+                    f"logit_bias of token {token} must lie between -100 and 100, got {bias!r}.", "logit_bias"
+                )
+
+    def check_ids(self, vocab: int) -> None:
+        """Raise InvalidRequest if an id of the request lies outside a vocabulary of this size."""
+        named = {
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": tuple(self.logit_bias),
+            "allowed_token_ids": self.allowed_token_ids or (),
+        }
+        for name, ids in named.items():
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                    raise InvalidRequest(f"{name} holds {token!r}; token ids are 0 to {vocab - 1}.", name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What a checkpoint's generation_config.json says. eos: ids that end an answer."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    eos: tuple[int, ...]
+    suppressed: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any] | None, eos: tuple[int, ...]) -> GenerationDefaults:
+        """Read generation_config.json; `eos` is the model config's, used where the file names none.
+
+        Without `do_sample` the answer is greedy, as in transformers.
+        """
+        config = config or {}
+        sampled = config.get("do_sample") is True
+        listed = config.get("eos_token_id")
+        eos = eos if listed is None else tuple(listed) if isinstance(listed, list) else (listed,)
+        try:
+            checked = SamplingParams(
+                temperature=config.get("temperature", 1.0) if sampled else 0.0,
+                top_k=config.get("top_k", 50) if sampled else 0,  # 50: transformers' own default
+                top_p=config.get("top_p", 1.0) if sampled else 1.0,
+            )
+        except InvalidRequest as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
+        suppressed = config.get("suppress_tokens") or ()
+        for token in (*eos, *suppressed):
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise CheckpointError(f"generation_config.json: {token!r} is no token id.")
+        return cls(
+            temperature=checked.temperature or 0.0,
+            top_k=checked.top_k or 0,
+            top_p=1.0 if checked.top_p is None else checked.top_p,
+            eos=eos,
+            suppressed=tuple(suppressed),
+        )
+
+    def fill(self, params: SamplingParams) -> SamplingParams:
+        """`params` with the checkpoint's values where the request left them open."""
+        return replace(
+            params,
+            temperature=self.temperature if params.temperature is None else params.temperature,
+            top_k=self.top_k if params.top_k is None else params.top_k,
+            top_p=self.top_p if params.top_p is None else params.top_p,
+        )
+
+
+def _whole(params: SamplingParams, name: str, least: int, most: int | None = None) -> None:
+    value = getattr(params, name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} must be a whole number, got {value!r}.", name)
+    if value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InvalidRequest(f"{name} must be {limit}, got {value}.", name)
+
+
+def _number(params: SamplingParams, name: str, least: float, most: float, open_low: bool = False) -> None:
+    value = getattr(params, name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequest(f"{name} must be a number, got {value!r}.", name)
+    if not least <= value <= most or (open_low and value == least):
+        above = f"above {least:g} and at most {most:g}" if open_low else f"from {least:g} to {most:g}"
+        raise InvalidRequest(f"{name} must be {above}, got {value:g}.", name)
