@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,16 @@ RESTATED = {
 }
 
 
+# Bounds of any count: a config must not make the parser itself run out of memory.
+MOST, MOST_LAYERS = 1 << 40, 1000
+
+
+def _shown(value: Any) -> str:
+    """A value from a file, cut to a length that an error can carry."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."
+
+
 class _Keys:
     """Reads a mapping key by key and remembers which were read, so that the rest can be named."""
 
@@ -65,22 +76,26 @@ class _Keys:
         value = self.values.get(key)
         return default if value is None else value
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = MOST) -> int:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{self.where}{key} must be a whole number of at least {least}, got {value!r}.")
+            raise ConfigError(
+                f"{self.where}{key} must be a whole number of at least {least}, got {_shown(value)}."
+            )
+        if value > most:
+            raise ConfigError(f"{self.where}{key} is {_shown(value)}, more than {most:,}.")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}{key} must be true or false, got {value!r}.")
+            raise ConfigError(f"{self.where}{key} must be true or false, got {_shown(value)}.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise ConfigError(f"{self.where}{key} must be a positive number, got {value!r}.")
+            raise ConfigError(f"{self.where}{key} must be a positive number, got {_shown(value)}.")
         return float(value)
 
     def mapping(self, key: str) -> Mapping[str, Any]:
@@ -92,7 +107,7 @@ class _Keys:
     def token(self, key: str) -> int | None:
         value = self.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{self.where}{key} must be a token id, got {value!r}.")
+            raise ConfigError(f"{self.where}{key} must be a token id, got {_shown(value)}.")
         return value
 
     def must_be(self, key: str, *allowed: Any) -> None:
@@ -100,7 +115,7 @@ class _Keys:
         self.read.add(key)
         if key in self.values and self.values[key] not in allowed:
             raise ConfigError(
-                f"{self.where}{key} is {self.values[key]!r}; gemcut computes with "
+                f"{self.where}{key} is {_shown(self.values[key])}; gemcut computes with "
                 f"{' or '.join(map(repr, allowed))} only."
             )
 
@@ -118,11 +133,12 @@ def parse_config(config: Mapping[str, Any], *, allow_unknown: bool = False) -> M
         raise ConfigError(f"A model config is a JSON object, got {type(config).__name__}.")
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type is {model_type!r}; gemcut runs {', '.join(MODEL_TYPES)}.")
+        raise ConfigError(f"model_type is {_shown(model_type)}; gemcut runs {', '.join(MODEL_TYPES)}.")
     if config.get("quantization_config") is not None:
-        method = dict(config["quantization_config"]).get("quant_method", "unnamed")
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ConfigError(
-            f"The checkpoint is quantised ({method}); gemcut loads bf16, fp16 and fp32 weights. "
+            f"The checkpoint is quantised ({_shown(method)}); gemcut loads bf16, fp16 and fp32 weights. "
             "Use the unquantised checkpoint."
         )
     unknown: list[str] = []
@@ -190,7 +206,7 @@ def _parse_text(keys: _Keys, unified: bool) -> TextPlan:
             'use_bidirectional_attention is "all": an encoder, which cannot generate. gemcut runs decoders.'
         )
     keys.must_be("use_bidirectional_attention", None, "vision")
-    count = keys.whole("num_hidden_layers")
+    count = keys.whole("num_hidden_layers", most=MOST_LAYERS)
     kinds = _layer_kinds(keys, count)
     heads = keys.whole("num_attention_heads")
     k_eq_v = keys.flag("attention_k_eq_v")
@@ -247,7 +263,7 @@ def _layer_kinds(keys: _Keys, count: int) -> list[LayerKind]:
     if listed is None:  # transformers' default: five sliding, one full
         kinds: list[LayerKind] = ["full" if (i + 1) % 6 == 0 else "sliding" for i in range(count)]
     else:
-        if not isinstance(listed, list) or any(name not in names for name in listed):
+        if not isinstance(listed, list) or any(name not in list(names) for name in listed):
             raise ConfigError(
                 f"{keys.where}layer_types must list {' and '.join(names)}, got {listed!r:.200}."
             )
@@ -276,7 +292,7 @@ def _per_layer_shapes(keys: _Keys, count: int, head_dim: int, kv_heads: int) -> 
     shapes = [(head_dim, kv_heads)] * count
     for index, entry in keys.mapping("per_layer_config").items():
         where = f"{keys.where}per_layer_config.{index}"
-        if not str(index).isdigit() or int(index) >= count:
+        if not re.fullmatch("[0-9]{1,4}", str(index)) or int(index) >= count:
             raise ConfigError(f"{where}: there are layers 0 to {count - 1}.")
         if not isinstance(entry, Mapping):
             raise ConfigError(f"{where} must be an object, got {type(entry).__name__}.")
@@ -310,7 +326,8 @@ def _ropes(keys: _Keys) -> dict[str, tuple[float, float]]:
             if parameters:
                 raise ConfigError(f"{keys.where}rope_parameters lacks {name}.")
             continue
-        rope = _Keys(parameters[name], f"{keys.where}rope_parameters.{name}.")
+        where = f"{keys.where}rope_parameters."
+        rope = _Keys(_Keys(parameters, where).mapping(name), f"{where}{name}.")
         rope.must_be("rope_type", rope_type)
         theta, factor = out[kind]
         theta = rope.number("rope_theta", theta)
@@ -346,7 +363,12 @@ def _parse_vision(keys: _Keys) -> VisionPlan:
     if rest := rope.unread():
         raise ConfigError(f"gemcut does not know the rotary setting {', '.join(rest)}.")
     heads, head_dim = keys.whole("num_attention_heads", 12), keys.whole("head_dim", 64)
-    keys.must_be("num_key_value_heads", heads)
+    kv_heads = keys.whole("num_key_value_heads", 12)
+    if kv_heads != heads:
+        raise ConfigError(
+            f"{keys.where}num_attention_heads is {heads} and num_key_value_heads {kv_heads}; the tower has a "
+            "KV head for each query head."
+        )
     if head_dim % 4:
         raise ConfigError(
             f"{keys.where}head_dim is {head_dim}; two-dimensional rotation needs a multiple of 4."
@@ -354,7 +376,7 @@ def _parse_vision(keys: _Keys) -> VisionPlan:
     return VisionPlan(
         hidden=keys.whole("hidden_size", 768),
         ff_width=keys.whole("intermediate_size", 3072),
-        layers=keys.whole("num_hidden_layers", 16),
+        layers=keys.whole("num_hidden_layers", 16, most=MOST_LAYERS),
         heads=heads,
         head_dim=head_dim,
         eps=keys.number("rms_norm_eps", 1e-6),
@@ -393,13 +415,17 @@ def _parse_audio(keys: _Keys) -> AudioPlan:
     ):
         keys.must_be(key, value)
     channels = keys.get("subsampling_conv_channels", [128, 32])
-    if not isinstance(channels, list | tuple) or len(channels) != 2:
-        raise ConfigError(f"{keys.where}subsampling_conv_channels must be two numbers, got {channels!r}.")
-    hidden = keys.whole("hidden_size", 1024)
+    if not isinstance(channels, list | tuple) or [type(c) is int and c > 0 for c in channels] != [True] * 2:
+        raise ConfigError(
+            f"{keys.where}subsampling_conv_channels must be two whole numbers, got {_shown(channels)}."
+        )
+    hidden, heads = keys.whole("hidden_size", 1024), keys.whole("num_attention_heads", 8)
+    if hidden % heads:
+        raise ConfigError(f"{keys.where}num_attention_heads is {heads}, which does not divide {hidden}.")
     return AudioPlan(
         hidden=hidden,
-        layers=keys.whole("num_hidden_layers", 12),
-        heads=keys.whole("num_attention_heads", 8),
+        layers=keys.whole("num_hidden_layers", 12, most=MOST_LAYERS),
+        heads=heads,
         ff_width=4 * hidden,
         channels=(channels[0], channels[1]),
         kernel=keys.whole("conv_kernel_size", 5),
@@ -442,12 +468,10 @@ def _parse_ids(top: _Keys, text: _Keys, vocab: int) -> TokenIds:
         eoa=top.token("eoa_token_index"),
         video=top.token("video_token_id"),
     )
-    named = {name: getattr(ids, name) for name in TokenIds.__dataclass_fields__ if name != "eos"}
+    # Text-only fine-tunes with a cut vocabulary keep the media ids; those are then unusable, not wrong.
+    named = {"pad": ids.pad} | ({} if ids.bos is None else {"bos": ids.bos})
     named |= {f"eos[{i}]": token for i, token in enumerate(eos)}
     for name, token in named.items():
-        # Text-only fine-tunes with a cut vocabulary keep the media ids; those are then unusable, not wrong.
-        if name in ("pad", "bos") or name.startswith("eos"):
-            bad = token is not None and (isinstance(token, bool) or not isinstance(token, int))
-            if bad or (token is not None and not 0 <= token < vocab):
-                raise ConfigError(f"Token id {name} is {token!r}, outside the vocabulary of {vocab}.")
+        if type(token) is not int or not 0 <= token < vocab:
+            raise ConfigError(f"Token id {name} is {_shown(token)}, outside the vocabulary of {vocab}.")
     return ids
