@@ -96,6 +96,20 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotSampling:
+    """What a runner needs to sample one sequence. The engine puts it into `Seat.sampling`.
+
+    params: every choice resolved, none open. seed: of this sequence. suppressed: ids that never come.
+    stop_ids: ids that may not come before `params.min_tokens`.
+    """
+
+    params: SamplingParams
+    seed: int
+    suppressed: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
     """What a checkpoint's generation_config.json says. eos: ids that end an answer."""
 

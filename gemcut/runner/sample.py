@@ -15,23 +15,9 @@ import torch
 
 from gemcut.data import Seat, TokenLogprobs
 from gemcut.kernels import Backend, sample
-from gemcut.sampling import SamplingParams
+from gemcut.sampling import SamplingParams, SlotSampling
 
 NEVER = float("-inf")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotSampling:
-    """What the runner needs to sample one sequence. The engine puts it into `Seat.sampling`.
-
-    params: every choice resolved, none open. seed: of this sequence. suppressed: ids that never come.
-    stop_ids: ids that may not come before `params.min_tokens`.
-    """
-
-    params: SamplingParams
-    seed: int
-    suppressed: tuple[int, ...] = ()
-    stop_ids: tuple[int, ...] = ()
 
 
 def uniform(seed: int, index: int) -> float:

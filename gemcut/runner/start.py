@@ -1,0 +1,196 @@
+"""A config and a checkpoint become a running model: device, dtype, weights, KV memory, limits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gemcut.config import EngineConfig
+from gemcut.data import SOFT_TOKEN_BUDGETS
+from gemcut.errors import ConfigError
+from gemcut.kernels import Backend
+from gemcut.models.checkpoint import LoadReport, load
+from gemcut.models.gemma4.model import Gemma4
+from gemcut.plan import ModelPlan, TextPlan, kv_bytes
+from gemcut.runner.kv import PoolSizes
+from gemcut.runner.runner import ModelRunner
+
+log = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 1 << 30
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What an engine really runs with, for logs and `--json`. switched_off: (what, why)."""
+
+    device: str
+    dtype: str
+    kernels: str
+    graphs: str
+    load_s: float
+    kv_tokens: int
+    switched_off: tuple[tuple[str, str], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A runner, the sizes it has room for, and how it came about."""
+
+    runner: ModelRunner
+    sizes: PoolSizes
+    max_model_len: int
+    loaded: LoadReport
+    used: Used
+
+
+def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str | None) -> Started:
+    """Load the weights of `folder` and allocate the KV cache. stored_dtype: what its config says.
+
+    Raises ConfigError if the device, the dtype or the memory is not there.
+    """
+    began = time.perf_counter()
+    device, reason = choose_device(config.device)
+    dtype, dtype_name = choose_dtype(config.dtype, stored_dtype, device)
+    backend = Backend("torch")
+    with torch.device("meta"):
+        model = Gemma4(plan, backend)
+    loaded = load(model, plan, folder, device=device, dtype=dtype)
+    model.eval()
+    value_bytes = dtype.itemsize
+    max_model_len = min(config.max_model_len or plan.text.max_positions, plan.text.max_positions)
+    largest = max(config.max_num_batched_tokens, largest_block(plan))
+    budget = config.kv_bytes or kv_budget(config, plan, device, value_bytes, max_model_len, largest)
+    sizes = PoolSizes.within(
+        plan.text,
+        budget,
+        page_size=config.page_size,
+        value_bytes=value_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=largest,
+        max_model_len=max_model_len,
+    )
+    if plan.text.owners("full"):
+        max_model_len = min(max_model_len, sizes.full_pages * config.page_size)
+    runner = ModelRunner(
+        model,
+        sizes,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        device=device,
+        dtype=dtype,
+    )
+    seconds = time.perf_counter() - began
+    used = Used(
+        device=describe(device),
+        dtype=dtype_name,
+        kernels=backend.kernels,
+        graphs="off",
+        load_s=seconds,
+        kv_tokens=sizes.full_pages * sizes.page_size,
+        switched_off=reason,
+    )
+    log.info(
+        "%.2f GB of weights on %s as %s in %.1f s; KV cache of %.2f GB holds %s tokens: %s",
+        loaded.bytes / 1e9,
+        used.device,
+        dtype_name,
+        seconds,
+        sizes.bytes(plan.text, value_bytes) / 1e9,
+        f"{used.kv_tokens:,}",
+        what_fits(plan.text, sizes, value_bytes, max_model_len),
+    )
+    return Started(runner, sizes, max_model_len, loaded, used)
+
+
+def choose_device(name: str) -> tuple[torch.device, tuple[tuple[str, str], ...]]:
+    """The device, and what was given up for it."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device()), ()
+        return torch.device("cpu"), (("gpu", "no CUDA device is visible to torch"),)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"There is no device {name!r}. Choose auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise ConfigError(f"Device {name} is not there: torch sees {count} GPUs. Use --device cpu.")
+        return torch.device("cuda", device.index or 0), ()
+    if device.type != "cpu":
+        raise ConfigError(f"gemcut runs on cpu and cuda, not on {device.type}.")
+    return torch.device("cpu"), ()
+
+
+def choose_dtype(name: str, stored: str | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """auto: what the checkpoint is stored in on a GPU, float32 on a CPU."""
+    if name == "auto":
+        name = (stored or "bfloat16") if device.type == "cuda" else "float32"
+    if name not in DTYPES:
+        raise ConfigError(f"gemcut computes in {', '.join(DTYPES)}, not in {name}. Pass --dtype.")
+    return DTYPES[name], name
+
+
+def largest_block(plan: ModelPlan) -> int:
+    """The longest run of positions that must be computed at one go."""
+    return max(SOFT_TOKEN_BUDGETS) if plan.vision is not None and plan.text.bidirectional_vision else 1
+
+
+def kv_budget(
+    config: EngineConfig,
+    plan: ModelPlan,
+    device: torch.device,
+    value_bytes: int,
+    max_model_len: int,
+    largest: int,
+) -> int:
+    """Bytes for the KV cache when the config names none."""
+    if device.type == "cpu":
+        return CPU_KV_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    text = plan.text
+    # the widest activations of one step, and the logits of all rows in fp32 with a sorted copy
+    widest = max(
+        max(layer.ff_width, (layer.q_heads + 2 * layer.kv_heads) * layer.head_dim) for layer in text.layers
+    )
+    experts = text.layers[0].experts
+    expert_rows = 0 if experts is None else experts.top_k * (text.hidden + 3 * experts.width)
+    activations = largest * (8 * text.hidden + 4 * widest + 2 * expert_rows) * value_bytes
+    logits = config.max_num_seqs * text.vocab * 24
+    budget = int(free - (1 - config.gpu_memory_utilization) * total) - activations - logits
+    least = kv_bytes(text, min(max_model_len, largest), value_bytes)
+    if budget < least:
+        raise ConfigError(
+            f"After the weights {free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free; activations take "
+            f"{(activations + logits) / 1e9:.1f} GB, and a KV cache of {least / 1e9:.1f} GB does not fit beside "
+            "them. Lower --max-num-batched-tokens or --max-num-seqs, or raise --gpu-memory-utilization."
+        )
+    return budget
+
+
+def what_fits(text: TextPlan, sizes: PoolSizes, value_bytes: int, max_model_len: int) -> str:
+    """How many sequences of which length the pools hold at once."""
+    parts = []
+    for length in sorted({min(1024, max_model_len), min(8192, max_model_len), max_model_len}):
+        pages = -(-length // sizes.page_size)
+        fits = []
+        if text.owners("full"):
+            fits.append(sizes.full_pages // pages)
+        if text.owners("sliding"):
+            window = -(-min(length, text.window or length) // sizes.page_size) + 1
+            fits.append(sizes.sliding_pages // min(pages, window))
+        parts.append(f"{min(fits)} sequences of {length:,}")
+    return ", ".join(parts)
+
+
+def describe(device: torch.device) -> str:
+    """The device as a person calls it: `cuda:0 (NVIDIA H100 80GB HBM3)`, `cpu`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
