@@ -188,7 +188,12 @@ class MoELayer(DenseLayer):
         )
         d = self.mlp(h)
         routing = route_experts(  # RT
-            r, self.router.proj.weight, self.router.per_expert_scale, top_k=self.top_k, backend=self.backend
+            r,
+            self.router.proj.weight,
+            self.router.per_expert_scale,
+            batch.query_start[-1:],
+            top_k=self.top_k,
+            backend=self.backend,
         )
         m = grouped_glu(e, self.experts.gate_up_proj, routing, backend=self.backend)  # D-exp
         t = grouped_linear(m, self.experts.down_proj, routing, backend=self.backend)
