@@ -192,10 +192,13 @@ class Scheduler:
 
     def _continue(self, draft: _Draft, seq: Sequence) -> None:
         """The next chunk of a running sequence, as long as budgets and pages admit."""
-        stop = self._chunk_stop(draft, seq)
-        if stop > seq.planned:
+        start = seq.planned
+        stop = self._stop_by_budget(draft, seq)
+        if stop > start:
+            stop = self._encodable_by_preempting(draft, seq, stop)
+        if stop > start:
             stop = self._reach_by_preempting(draft, seq, stop)
-        if stop > seq.planned:
+        if stop > start:
             self._add_row(draft, seq, stop)
 
     def _seat(self, draft: _Draft, now_s: float) -> bool:
@@ -204,7 +207,7 @@ class Scheduler:
         assert not seq.unknown, "a sequence was to be seated while its token is in flight"
         self.memory.share_prefix(seq)
         start, others = seq.planned, len(self.running)
-        stop = self._chunk_stop(draft, seq)
+        stop = self.memory.encodable(seq, self._stop_by_budget(draft, seq), draft.encode_tokens)
         reach = seq.chunk_stop(start, min(stop, self.memory.reach(seq, others)))
         if others and (
             # Beside others: no sliver, and one that was preempted comes back only when all that it had
@@ -228,8 +231,8 @@ class Scheduler:
         self._add_row(draft, seq, reach)
         return True
 
-    def _chunk_stop(self, draft: _Draft, seq: Sequence) -> int:
-        """Where the next chunk may end, by the token budget and the encoder; `planned` if nowhere."""
+    def _stop_by_budget(self, draft: _Draft, seq: Sequence) -> int:
+        """Where the next chunk may end by the token budget; `planned` if nowhere."""
         start = seq.planned
         room = draft.budget - draft.reserved
         if draft.own:
@@ -237,7 +240,20 @@ class Scheduler:
         stop = seq.chunk_stop(start, min(start + room, seq.total))
         if stop == start and draft.num_chunks == 0 and not draft.own:
             self._own_step_due = True  # first in line and yet no room: decode rows step back once
-        return self.memory.encodable(seq, stop, draft.encode_tokens)
+        return stop
+
+    def _encodable_by_preempting(self, draft: _Draft, seq: Sequence, stop: int) -> int:
+        """How far towards `stop` the encoder cache has room. If nowhere, those ranked after `seq` with a
+        medium half computed lose it: they may themselves be waiting for pages that `seq` holds."""
+        while True:
+            reach = self.memory.encodable(seq, stop, draft.encode_tokens)
+            if reach > seq.planned:
+                return reach
+            after = self.running[self.running.index(seq) + 1 :]
+            victim = next((other for other in reversed(after) if other.held_key is not None), None)
+            if victim is None:
+                return reach  # held by rows of this step, or by one that goes first
+            self._preempt(victim)
 
     def _reach_by_preempting(self, draft: _Draft, seq: Sequence, stop: int) -> int:
         """How far towards `stop` the pages reach; if nowhere, those ranked after `seq` lose theirs."""
