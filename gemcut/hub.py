@@ -38,13 +38,15 @@ MAX_JSON_BYTES = 100_000_000
 def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
     """The folder of a checkpoint: `model` itself if it is a folder, else the hub id's files, downloaded.
 
-    revision: branch, tag or commit on the hub. token: overrides HF_TOKEN. An interrupted download goes
-    on where it stopped. With HF_HUB_OFFLINE set, or without a network, a complete copy in the cache
-    (HF_HOME) is used.
+    revision: branch, tag or commit on the hub. token: overrides HF_TOKEN. A broken connection is resumed in
+    the middle of a file; after an interrupted download, files that are complete are not fetched again. With
+    HF_HUB_OFFLINE set, or without a network, a complete copy in the cache (HF_HOME) is used.
 
     Raises NotFound if there is no such folder or the hub does not give it, ConfigError for a revision
     of a folder.
     """
+    if not model:
+        raise NotFound("The model is empty. Give a folder or a hub id such as google/gemma-4-31B-it.")
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -189,8 +191,8 @@ def _as_not_found(error: Exception, model: str, revision: str | None) -> GemcutE
         free = shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
         return NotFound(
             f"The disk is full: {at} could not be downloaded to {constants.HF_HUB_CACHE} "
-            f"({free / 1e9:.1f} GB free). Free some space, or set HF_HOME to another disk; the download "
-            "goes on where it stopped."
+            f"({free / 1e9:.1f} GB free). Free some space, or set HF_HOME to another disk; files that are "
+            "complete are not fetched again."
         )
     if isinstance(error, errors.GatedRepoError):
         return NotFound(
@@ -222,7 +224,8 @@ def _as_not_found(error: Exception, model: str, revision: str | None) -> GemcutE
         said = f"{type(cause).__name__}: {cause}".rstrip(": ").splitlines()[0]
     return NotFound(
         f"{at} could not be fetched from {constants.ENDPOINT} ({said}) and no complete copy is in "
-        f"{constants.HF_HUB_CACHE}. Check the network and try again; a download goes on where it stopped."
+        f"{constants.HF_HUB_CACHE}. Check the network and try again; files that are complete are not fetched "
+        "again."
     )
 
 
