@@ -11,20 +11,21 @@ from gemcut.kernels.attention.op import paged_attention
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.close_layer.op import close_layer, close_layer_moe
 from gemcut.kernels.embed.op import embed
-from gemcut.kernels.experts.op import Routing, grouped_glu, grouped_linear, route_experts
+from gemcut.kernels.experts.op import grouped_glu, grouped_linear
 from gemcut.kernels.glu.op import glu
 from gemcut.kernels.linear.op import linear
 from gemcut.kernels.logits.op import logits
 from gemcut.kernels.prepare_qkv.op import prepare_qkv
 from gemcut.kernels.rope.op import rope_table
+from gemcut.kernels.router.op import Routing, route_experts
 from gemcut.kernels.sample.op import sample
 from gemcut.kernels.tower.op import (
     add_positions,
     pool_patches,
     prepare_tower_qkv,
     scale_patches,
-    tower_attention,
 )
+from gemcut.kernels.tower_attention.op import tower_attention
 
 __all__ = [
     "Backend",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gemcut.kernels.attention.reference import attend
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.check import check, check_activation
 
@@ -43,46 +44,14 @@ def paged_attention(
         check("paged_attention", "spans", spans, (count, 2), torch.int32, q.device)
     if q_heads % k_pages.shape[2]:
         raise ValueError(f"paged_attention: {q_heads} query heads cannot share {k_pages.shape[2]} KV heads")
-    out = torch.zeros_like(q)
-    starts, lengths = query_start.tolist(), seq_lens.tolist()
-    for row in range(rows):
-        start, stop, length = starts[row], starts[row + 1], lengths[row]
-        if start < stop:
-            block = None if spans is None else spans[start:stop]
-            out[start:stop] = _attend(q[start:stop], k_pages, v_pages, page_table[row], length, block, window)
-    return out
-
-
-def _attend(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    pages: torch.Tensor,
-    length: int,
-    spans: torch.Tensor | None,
-    window: int | None,
-) -> torch.Tensor:
-    """One row: q [C, Hq, D] at positions length - C .. length - 1. fp32 inside, one rounding."""
-    count, q_heads, head = q.shape
-    page_size, kv_heads = k_pages.shape[1:3]
-    first = 0 if window is None else max(0, length - count - window + 1)
-    first_page = first // page_size
-    used = pages[first_page : -(-length // page_size)]
-    base = first_page * page_size
-    keys = k_pages[used].flatten(0, 1)[first - base : length - base].float()  # [n, Hk, D]
-    values = v_pages[used].flatten(0, 1)[first - base : length - base].float()
-    # queries of one KV head side by side: [Hk, C * G, D]
-    grouped = q.float().view(count, kv_heads, -1, head).transpose(0, 1).flatten(1, 2)
-    scores = grouped @ keys.permute(1, 2, 0)  # [Hk, C * G, n]; scale is exactly 1.0 (spec 2.1)
-    if count > 1:
-        p = torch.arange(length - count, length, device=q.device)[:, None]
-        k = torch.arange(first, length, device=q.device)[None]
-        seen = k <= p
-        if spans is not None:
-            seen = seen | ((k >= spans[:, :1]) & (k < spans[:, 1:]))
-        if window is not None:
-            seen = seen & (k > p - window)
-        hidden = ~seen.repeat_interleave(q_heads // kv_heads, dim=0)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    out = scores.softmax(dim=-1) @ values.transpose(0, 1)  # [Hk, C * G, D]
-    return out.view(kv_heads, count, -1, head).transpose(0, 1).reshape(q.shape).to(q.dtype)
+    return attend(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        query_start,
+        seq_lens,
+        spans,
+        window,
+        backend.deterministic,
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.check import check, check_activation
+from gemcut.kernels.linear.reference import product
 
 
 def logits(h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, backend: Backend) -> torch.Tensor:
@@ -16,7 +16,7 @@ def logits(h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, back
     """
     check_activation("logits", "h", h, 2)
     check("logits", "weight", weight, (None, h.shape[1]), h.dtype, h.device)
-    z = functional.linear(h, weight)
+    z = product(h, weight, backend.deterministic)
     if softcap is not None:
         z = torch.tanh(z / softcap) * softcap
     return z.float()
