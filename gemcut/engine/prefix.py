@@ -92,7 +92,8 @@ def cached_prefix(
             continue
         if sliding is None:
             return count
-        first = max(0, end - window + 1) // page_size
+        # A window of 1 reads nothing back, yet something has to show that the prefix was computed.
+        first = max(0, min(end - window + 1, end - 1)) // page_size
         for page in range(count - 1, first - 1, -1):
             if sliding.find(chain.name(page)) is None:
                 count = page  # a shorter prefix that includes this page's successor needs it too

@@ -189,6 +189,7 @@ class FakeRunner:
             row = step.rows[0]
             block = (row.start, row.start + row.count)
             assert len(step.rows) == 1, f"{count} tokens exceed the budget"
+            assert count <= self._limits.largest_block, f"{count} tokens overflow the runner's buffers"
             assert block in self._chairs[row.slot].truth.blocks, "an oversized row is not a block"
 
     def _write(self, row: Row) -> None:

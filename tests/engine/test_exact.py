@@ -1,0 +1,118 @@
+"""A request's answer does not depend on what else the engine does: bit for bit in deterministic mode."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from gemcut.llm import LLM
+from gemcut.outputs import RequestOutput
+from gemcut.sampling import SamplingParams
+
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
+
+
+def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    r = random.Random(seed)
+    image = Image.new("RGB", size, (128, 130, 126))
+    draw = ImageDraw.Draw(image)
+    for _ in range(r.randint(1, 4)):
+        x, y, d = r.randint(0, size[0] - 90), r.randint(0, size[1] - 90), r.randint(50, 90)
+        draw.ellipse([x, y, x + d, y + d], fill=r.choice(COLORS))
+    return image
+
+
+def conversation(*parts: object) -> list[dict]:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+REQUESTS = [
+    conversation(picture(1, (480, 288)), "How many shapes are there?"),
+    conversation(picture(1, (480, 288)), "List all shapes."),
+    conversation("What is in this picture?", picture(2, (400, 400))),
+    conversation(picture(3, (300, 500)), picture(4, (500, 300)), "Which image has more shapes?"),
+    conversation(picture(5, (384, 384)), "Where is the circle?"),
+    conversation("Repeat: K7XQ2"),
+    conversation("Reverse: 4711"),
+    conversation("What is 3 + 4? " + "Think about it for a while. " * 12),
+    conversation(picture(6, (900, 120)), "What colour is it? " * 5, picture(1, (480, 288)), "And this?"),
+]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=1.5, top_p=0.95, max_tokens=24, ignore_eos=True, logprobs=1, seed=7),
+    SamplingParams(temperature=0.8, top_k=20, max_tokens=9, logprobs=0, seed=8),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def engine(tokens: int, cached: bool, kv_bytes: int | None = None) -> LLM:
+    return LLM(
+        deterministic=True,
+        max_num_batched_tokens=tokens,
+        max_num_seqs=6,
+        enable_prefix_caching=cached,
+        kv_bytes=kv_bytes,
+        max_model_len=512,
+    )
+
+
+def bits(output: RequestOutput) -> tuple:
+    """Everything that must not change."""
+    answer = output.outputs[0]
+    assert answer.logprobs is not None
+    return answer.token_ids, answer.logprobs, answer.finish_reason, answer.text
+
+
+@cache
+def solo(request: int, params: int) -> tuple:
+    return bits(engine(512, False).chat(REQUESTS[request], PARAMS[params], use_tqdm=False)[0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_batch_gives_the_solo_answer(seed: int) -> None:
+    r = random.Random(seed)
+    for _ in range(10):
+        llm = engine(r.choice([96, 150, 512]), r.random() < 0.5)
+        chosen = [(r.randrange(len(REQUESTS)), r.randrange(len(PARAMS))) for _ in range(r.randint(2, 8))]
+        outputs = llm.chat(
+            [REQUESTS[q] for q, _ in chosen], [PARAMS[p] for _, p in chosen], use_tqdm=False
+        )
+        for (q, p), output in zip(chosen, outputs, strict=True):
+            assert bits(output) == solo(q, p), f"request {q} with parameters {p} in {chosen}"
+
+
+def test_the_cache_was_at_work() -> None:
+    llm = engine(512, True)
+    llm.chat(REQUESTS[3], PARAMS[0], use_tqdm=False)
+    again = llm.chat(REQUESTS[3], PARAMS[0], use_tqdm=False)[0]
+    assert again.usage.cached_tokens > 100
+    assert bits(again) == solo(3, 0)
+
+
+def test_a_pool_of_a_tenth_preempts_and_changes_nothing() -> None:
+    # page of the demo: 16 positions x (4 sliding layers x 2 x 64 + 2 full layers x 2 x 64) values
+    demand = engine(512, True).scheduler_bytes(len(REQUESTS) * 3)
+    llm = engine(96, True, kv_bytes=demand // 10)
+    before = llm.stats().preemptions
+    jobs = [(q, p) for q in range(len(REQUESTS)) for p in range(len(PARAMS))]
+    outputs = llm.chat([REQUESTS[q] for q, _ in jobs], [PARAMS[p] for _, p in jobs], use_tqdm=False)
+    for (q, p), output in zip(jobs, outputs, strict=True):
+        assert bits(output) == solo(q, p)
+    assert llm.stats().preemptions > before
