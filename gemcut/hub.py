@@ -170,7 +170,7 @@ def _progress_bar() -> Any:
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            if not sys.stderr.isatty():
+            if not sys.stderr.isatty():  # the library's own count of files appears even there
                 kwargs["disable"] = True
             super().__init__(*args, **kwargs)
 
