@@ -46,7 +46,11 @@ def config(size: net.Size) -> dict[str, object]:
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000000.0,
+            },
         },
         "pad_token_id": SPECIAL_ID["<pad>"],
         "eos_token_id": SPECIAL_ID["<eos>"],

@@ -50,5 +50,7 @@ def faces(held_out: bool, folder: str | None = None) -> tuple[tuple[str, ...], .
                 found[name][path.stem] = path
     result = tuple(tuple(str(path) for _, path in sorted(files.items())) for files in found.values() if files)
     if not result:
-        raise FileNotFoundError(f"no fonts in {folder or 'the installed font packages (pip install gemcut[demo])'}")
+        raise FileNotFoundError(
+            f"no fonts in {folder or 'the installed font packages (pip install gemcut[demo])'}"
+        )
     return result

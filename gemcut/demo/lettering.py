@@ -35,7 +35,9 @@ def _letter(path: str, size: int, letter: str) -> tuple[float, float, float, flo
     return font.getlength(letter), *font.getbbox(letter, anchor="ls")
 
 
-def _place(text: str, style: Style, size: int) -> tuple[list[tuple[float, float]], tuple[float, float, float, float]]:
+def _place(
+    text: str, style: Style, size: int
+) -> tuple[list[tuple[float, float]], tuple[float, float, float, float]]:
     """Baseline origin of every letter and the box around all of them, in px at this font size."""
     origins, boxes, x = [], [], 0.0
     for index, letter in enumerate(text):
@@ -81,6 +83,13 @@ def draw(text: str, style: Style, size: int) -> tuple[Image.Image, np.ndarray]:
         back = 1 / style.stretch
         shift = style.slant * back
         offset = width / 2 - back * new_width / 2 - shift * height / 2
-        mask = mask.transform((new_width, height), Image.Transform.AFFINE, (back, shift, offset, 0, 1, 0), Image.Resampling.BILINEAR)
-        offsets = np.stack([offsets[:, 0] * style.stretch - style.slant * offsets[:, 1], offsets[:, 1]], axis=1)
+        mask = mask.transform(
+            (new_width, height),
+            Image.Transform.AFFINE,
+            (back, shift, offset, 0, 1, 0),
+            Image.Resampling.BILINEAR,
+        )
+        offsets = np.stack(
+            [offsets[:, 0] * style.stretch - style.slant * offsets[:, 1], offsets[:, 1]], axis=1
+        )
     return mask, offsets

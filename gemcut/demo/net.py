@@ -47,7 +47,7 @@ class Size:
     vision_heads: int = 4
     vision_mlp: int = 320
     vision_layers: int = 5
-    positions: int = 256
+    positions: int = 840  # rows of the position table: no picture at up to 280 soft tokens is longer
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
@@ -64,7 +64,9 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
         HELPER: (MAX_SHAPES * MARK_CLASSES, hidden),
     }
     for index, kind in enumerate(size.layers):
-        heads, dim = (size.sliding_heads, size.sliding_dim) if kind == "S" else (size.full_heads, size.full_dim)
+        heads, dim = (
+            (size.sliding_heads, size.sliding_dim) if kind == "S" else (size.full_heads, size.full_dim)
+        )
         layer: dict[str, tuple[int, ...]] = {
             f"{norm}.weight": (hidden,)
             for norm in (
@@ -138,7 +140,9 @@ def initial(size: Size, seed: int = 0) -> Parameters:
 
 
 @torch.no_grad()
-def calibrate(parameters: Parameters, patches: Tensor, run_tower: Callable[[], Tensor], seed: int = 0) -> None:
+def calibrate(
+    parameters: Parameters, patches: Tensor, run_tower: Callable[[], Tensor], seed: int = 0
+) -> None:
     """Set the patch projection to whitened principal components, then the tower's standardization.
 
     patches [count, 768] in -1..1 are a sample of real ones. ``run_tower`` gives the tower's pooled output
@@ -189,7 +193,11 @@ def vision_qkv(
     qkv = _linear(rms(x, norm), torch.cat([wq, wk, wv]), dtype).unflatten(-1, (3, -1, q_norm.shape[0]))
     cos, sin = cos[:, :, None], sin[:, :, None]
     q, k, v = qkv.unbind(2)
-    return _rotate_2d(rms(q, q_norm), cos, sin).to(dtype), _rotate_2d(rms(k, k_norm), cos, sin).to(dtype), rms(v).to(dtype)
+    return (
+        _rotate_2d(rms(q, q_norm), cos, sin).to(dtype),
+        _rotate_2d(rms(k, k_norm), cos, sin).to(dtype),
+        rms(v).to(dtype),
+    )
 
 
 def vision_rest(
@@ -216,7 +224,10 @@ def text_qkv(
     q, k, v = _rotate(rms(q, q_norm), cos, sin), _rotate(rms(k, k_norm), cos, sin), rms(v)
     groups = heads // k.shape[2]
     k, v = (
-        part.to(dtype).transpose(1, 2)[:, :, None].expand(-1, -1, groups, -1, -1).reshape(rows, heads, length, dim)
+        part.to(dtype)
+        .transpose(1, 2)[:, :, None]
+        .expand(-1, -1, groups, -1, -1)
+        .reshape(rows, heads, length, dim)
         for part in (k, v)
     )
     return q.to(dtype).transpose(1, 2), k, v
@@ -273,7 +284,9 @@ def answer_loss(
     return (loss * weight).sum() / weight.sum(), sums, hits
 
 
-def mark_loss(soft: Tensor, weight: Tensor, tokens: Tensor, marks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def mark_loss(
+    soft: Tensor, weight: Tensor, tokens: Tensor, marks: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The helper: every soft token says which letters or shapes are centered in it, and their ranks.
 
     This tells the vision tower directly what the answers would teach it only slowly. soft [n, 70, hidden], tokens
@@ -282,7 +295,9 @@ def mark_loss(soft: Tensor, weight: Tensor, tokens: Tensor, marks: Tensor, dtype
     count = soft.shape[0]
     logits = _linear(rms(soft), weight, dtype).float().view(count, BUDGET, MAX_SHAPES, MARK_CLASSES)
     log_shares = torch.log_softmax(logits, -1)
-    nothing = log_shares[..., 0] * (torch.arange(BUDGET, device=soft.device) < tokens[:, None]).float()[..., None]
+    nothing = (
+        log_shares[..., 0] * (torch.arange(BUDGET, device=soft.device) < tokens[:, None]).float()[..., None]
+    )
     place, label = marks[..., 0].long(), marks[..., 1].long()
     marked = (place >= 0).float()
     rank = torch.arange(MAX_SHAPES, device=soft.device)
@@ -308,7 +323,9 @@ class Kernels:
 
     def compiled(self) -> "Kernels":
         """With torch.compile around each."""
-        return Kernels(**{item.name: torch.compile(getattr(self, item.name), dynamic=False) for item in fields(self)})
+        return Kernels(
+            **{item.name: torch.compile(getattr(self, item.name), dynamic=False) for item in fields(self)}
+        )
 
 
 @dataclass
@@ -326,7 +343,9 @@ class Net:
         if not self.flash:
             mask = positions.valid[:, None, None, :]
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2)
+            return (
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2)
+            )
         # Every picture is two sequences, its patches and its padding, so that the padding is never attended to.
         begin = torch.arange(pictures, device=q.device) * patches
         bounds = torch.stack([begin, begin + positions.valid.sum(1)], 1).flatten()
@@ -433,7 +452,9 @@ class Net:
         """Answer loss, balance loss, helper loss, sums per kind, hits per token, (helper hits, marks)."""
         ids, tokens = batch["ids"].long(), (batch["grid"][:, 0] * batch["grid"][:, 1]).long()
         soft = self.soft_tokens(pixels, positions)
-        helper, marked = self.kernels.mark_loss(soft, self.parameters[HELPER], tokens, batch["marks"], self.dtype)
+        helper, marked = self.kernels.mark_loss(
+            soft, self.parameters[HELPER], tokens, batch["marks"], self.dtype
+        )
         x, balance = self.text(self.embed(ids, soft, batch["start"], tokens), ids)
         loss, sums, hits = self.kernels.answer_loss(
             x, self.parameters[f"{_TEXT}norm.weight"], self.parameters[f"{_TEXT}embed_tokens.weight"], ids, batch["kind"],

@@ -21,20 +21,69 @@ PHRASES: dict[str, list[str]] = {
     "color": ["What {color} is it?", "What {color} is the shape?", "Which {color} is it?"],
     "where": ["Where is it?", "Where is the shape?"],
     "where_of": ["Where is the {item}?", "Where's the {item}?", "Find the {item}."],
-    "color_of": ["What {color} is the {shape}?", "Which {color} is the {shape}?", "What {color} does the {shape} have?"],
+    "color_of": [
+        "What {color} is the {shape}?",
+        "Which {color} is the {shape}?",
+        "What {color} does the {shape} have?",
+    ],
     "shape_of": ["What shape is {hue}?", "Which shape is {hue}?", "What is {hue}?"],
-    "count": ["How many shapes are there?", "How many shapes?", "Count the shapes.", "How many shapes do you see?"],
-    "count_shape": ["How many {shapes} are there?", "How many {shapes}?", "Count the {shapes}."],
-    "count_color": ["How many {hue} shapes are there?", "How many {hue} shapes?", "Count the {hue} shapes."],
-    "list": ["List all shapes.", "List the shapes.", "Which shapes are there?"],
-    "exists": ["Is there {an_item}?", "Do you see {an_item}?", "Can you see {an_item}?"],
-    "describe": ["Describe the {image}.", "Describe this {image}.", "What is in the {image}?", "What do you see?"],
+    "count": [
+        "How many shapes are there?",
+        "How many shapes?",
+        "Count the shapes.",
+        "How many shapes do you see?",
+        "How many shapes are in the {image}?",
+    ],
+    "count_shape": [
+        "How many {shapes} are there?",
+        "How many {shapes}?",
+        "Count the {shapes}.",
+        "How many {shapes} are in the {image}?",
+    ],
+    "count_color": [
+        "How many {hue} shapes are there?",
+        "How many {hue} shapes?",
+        "Count the {hue} shapes.",
+        "How many shapes are {hue}?",
+    ],
+    "list": [
+        "List all shapes.",
+        "List the shapes.",
+        "Which shapes are there?",
+        "What shapes are in the {image}?",
+    ],
+    "exists": [
+        "Is there {an_item}?",
+        "Do you see {an_item}?",
+        "Can you see {an_item}?",
+        "Is there {an_item} in the {image}?",
+    ],
+    "describe": [
+        "Describe the {image}.",
+        "Describe this {image}.",
+        "What is in the {image}?",
+        "What do you see?",
+        "What does the {image} show?",
+    ],
     "background": ["What {color} is the background?", "Which {color} is the background?"],
-    "read": ["What does the sign say?", "What does it say?", "Read the sign.", "What is written on the sign?"],
+    "read": [
+        "What does the sign say?",
+        "What does it say?",
+        "Read the sign.",
+        "What is written on the sign?",
+        "What is on the sign?",
+    ],
     "sign_color": ["What {color} is the sign?", "Which {color} is the sign?"],
-    "which_image": ["Which {image} has the {item}?", "Which {image} has {an_item}?", "In which {image} is the {item}?"],
+    "which_image": [
+        "Which {image} has the {item}?",
+        "Which {image} has {an_item}?",
+        "In which {image} is the {item}?",
+    ],
     "which_more": ["Which {image} has more shapes?", "In which {image} are more shapes?"],
-    "color_in": ["What {color} is the shape in the {nth} {image}?", "Which {color} is the shape in the {nth} {image}?"],
+    "color_in": [
+        "What {color} is the shape in the {nth} {image}?",
+        "Which {color} is the shape in the {nth} {image}?",
+    ],
     "shape_in": ["What shape is in the {nth} {image}?", "Which shape is in the {nth} {image}?"],
     "count_in": ["How many shapes are in the {nth} {image}?", "How many shapes does the {nth} {image} have?"],
     "repeat": ["Repeat: {text}"],
@@ -82,9 +131,13 @@ def describe(scene: ShapeScene | SignScene) -> str:
     if isinstance(scene, SignScene):
         inside = f"{with_article(f'{scene.plate} sign')} that says {scene.text}"
     else:
-        groups = Counter((shape.color, shape.kind) for shape in scene.shapes)  # keeps the order of first appearance
+        groups = Counter(
+            (shape.color, shape.kind) for shape in scene.shapes
+        )  # keeps the order of first appearance
         names = [
-            with_article(f"{color} {kind}") if number == 1 else f"{NUMBER_WORDS[number]} {color} {plural(kind)}"
+            with_article(f"{color} {kind}")
+            if number == 1
+            else f"{NUMBER_WORDS[number]} {color} {plural(kind)}"
             for (color, kind), number in groups.items()
         ]
         inside = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -105,7 +158,9 @@ def _unique(shapes: tuple[Shape, ...], field: str) -> list[Shape]:
 def ask_shapes(rng: random.Random, scene: ShapeScene) -> list[QA]:
     """Questions about one picture of shapes, in no particular order."""
     shapes = scene.shapes
-    names, kinds, colors = ([getattr(shape, field) for shape in shapes] for field in ("name", "kind", "color"))
+    names, kinds, colors = (
+        [getattr(shape, field) for shape in shapes] for field in ("name", "kind", "color")
+    )
     asked = []
     if len(shapes) == 1:
         only = shapes[0]
@@ -117,7 +172,9 @@ def ask_shapes(rng: random.Random, scene: ShapeScene) -> list[QA]:
     else:
         single = _unique(shapes, "name")
         for shape in rng.sample(single, min(2, len(single))):
-            asked.append(QA("where_of", phrase(rng, "where_of", item=shape.name), scene.canvas.place_name(shape.place)))
+            asked.append(
+                QA("where_of", phrase(rng, "where_of", item=shape.name), scene.canvas.place_name(shape.place))
+            )
         if single := _unique(shapes, "kind"):
             shape = rng.choice(single)
             asked.append(QA("color_of", phrase(rng, "color_of", shape=shape.kind), shape.color))
@@ -135,8 +192,14 @@ def ask_shapes(rng: random.Random, scene: ShapeScene) -> list[QA]:
         QA("background", phrase(rng, "background"), scene.look.background),
     ]
     for _ in range(2):
-        name = rng.choice(names) if rng.random() < 0.5 else f"{rng.choice(colors + COLOR_NAMES)} {rng.choice(kinds + SHAPES)}"
-        asked.append(QA("exists", phrase(rng, "exists", an_item=with_article(name)), "yes" if name in names else "no"))
+        name = (
+            rng.choice(names)
+            if rng.random() < 0.5
+            else f"{rng.choice(colors + COLOR_NAMES)} {rng.choice(kinds + SHAPES)}"
+        )
+        asked.append(
+            QA("exists", phrase(rng, "exists", an_item=with_article(name)), "yes" if name in names else "no")
+        )
     return asked
 
 
@@ -153,12 +216,22 @@ def ask_sign(rng: random.Random, scene: SignScene) -> list[QA]:
 def ask_two(rng: random.Random, first: ShapeScene, second: ShapeScene) -> list[QA]:
     """Questions about two pictures."""
     names = [{shape.name for shape in scene.shapes} for scene in (first, second)]
-    differing = sorted((name, "first") for name in names[0] - names[1]) + sorted((name, "second") for name in names[1] - names[0])
+    differing = sorted((name, "first") for name in names[0] - names[1]) + sorted(
+        (name, "second") for name in names[1] - names[0]
+    )
     asked = []
     for name, answer in rng.sample(differing, min(2, len(differing))):
-        asked.append(QA("which_image", phrase(rng, "which_image", item=name, an_item=with_article(name)), answer))
+        asked.append(
+            QA("which_image", phrase(rng, "which_image", item=name, an_item=with_article(name)), answer)
+        )
     if len(first.shapes) != len(second.shapes):
-        asked.append(QA("which_more", phrase(rng, "which_more"), "first" if len(first.shapes) > len(second.shapes) else "second"))
+        asked.append(
+            QA(
+                "which_more",
+                phrase(rng, "which_more"),
+                "first" if len(first.shapes) > len(second.shapes) else "second",
+            )
+        )
     for scene, nth in ((first, "first"), (second, "second")):
         asked.append(QA("count_in", phrase(rng, "count_in", nth=nth), str(len(scene.shapes))))
         if len(scene.shapes) == 1:

@@ -53,40 +53,60 @@ def _finish(channels: list[Tensor], look: Tensor, noise: Tensor) -> Tensor:
     return color.clamp(0, 255).round()
 
 
+def _places(x: Tensor, y: Tensor, grid: Tensor, canvas: Tensor) -> Tensor:
+    """Which of the nine places of ``Canvas.place`` a point is in, int64 like x."""
+    rows, columns = grid[:, :1], grid[:, 1:]
+    row, column = columns >= 3.75 * rows, rows >= 3.75 * columns
+    across = torch.where(row, 9, torch.where(column, 1, 3))
+    down = torch.where(row, 1, torch.where(column, 9, 3))
+    at_x = torch.minimum((x / canvas[:, :1] * across).floor(), across - 1.0)
+    at_y = torch.minimum((y / canvas[:, 1:] * down).floor(), down - 1.0)
+    return (at_y * across + at_x).long()
+
+
 def draw_shapes(
-    shapes: Tensor, look: Tensor, grid: Tensor, stretch: Tensor, positions_x: Tensor, positions_y: Tensor, noise: Tensor
+    shapes: Tensor,
+    look: Tensor,
+    grid: Tensor,
+    stretch: Tensor,
+    positions_x: Tensor,
+    positions_y: Tensor,
+    noise: Tensor,
 ) -> Tensor:
     """Pictures of shapes.
 
-    shapes [n, 8, 10], look [n, 7], grid and stretch [n, 2], positions [n, PATCHES], noise [n, PATCHES * 256, 3].
-    Returns [n, PATCHES * 256, 3] in 0..255.
+    shapes [n, 9 places, 10], look [n, 7], grid and stretch [n, 2], positions [n, PATCHES], noise
+    [n, PATCHES * 256, 3]. Returns [n, PATCHES * 256, 3] in 0..255.
     """
     x, y = pixel_coordinates(positions_x, positions_y, stretch)
     canvas = grid.flip(1).float() * 48 * stretch
-    channels, edge = _ground(look, x, y, canvas), look[:, 6:7]
-    for index in range(shapes.shape[1]):
-        shape = shapes[:, index]
-        kind, center_x, center_y, radius, cos, sin, ring = (shape[:, field : field + 1] for field in range(7))
-        across, down = x - center_x, y - center_y
-        u, v = (across * cos + down * sin) / radius, (down * cos - across * sin) / radius
-        abs_u, abs_v = u.abs(), v.abs()
-        distance = (u * u + v * v).sqrt()
-        # Signed distances to the outlines, in radii, negative inside.
-        result = distance - 1.0
-        result = torch.where(kind == 1, torch.maximum(abs_u, abs_v) - 0.85, result)
-        result = torch.where(kind == 2, torch.maximum(v - 0.8, (1.8 * abs_u - v - 1) / 2.0591), result)
-        turn = torch.atan2(abs_u, -v)
-        turn = (turn - _STAR_STEP * torch.floor(turn / _STAR_STEP + 0.5)).abs()  # folded to half a point of the star
-        star = (distance * torch.sin(turn) * 0.66021 + (distance * torch.cos(turn) - 1) * 0.24687) / 0.70486
-        result = torch.where(kind == 3, star, result)
-        bars = torch.minimum(torch.maximum(abs_u - 0.3, abs_v - 1), torch.maximum(abs_v - 0.3, abs_u - 1))
-        result = torch.where(kind == 4, bars, result)
-        result = torch.where(kind == 5, torch.maximum(distance - 1, 1 - ring - distance), result)
-        cover = (0.5 - result * radius / edge).clamp(0, 1)
-        cover = torch.where(kind < 0, torch.zeros_like(cover), cover)
-        channels = [
-            below + cover * (shape[:, 7 + channel : 8 + channel] - below) for channel, below in enumerate(channels)
-        ]
+    # A shape stays inside its place, so every pixel has at most one.
+    place = _places(x, y, grid, canvas)
+    kind, center_x, center_y, radius, cos, sin, ring, *rgb = (
+        torch.gather(shapes[:, :, field], 1, place) for field in range(shapes.shape[2])
+    )
+    across, down = x - center_x, y - center_y
+    u, v = (across * cos + down * sin) / radius, (down * cos - across * sin) / radius
+    abs_u, abs_v = u.abs(), v.abs()
+    distance = (u * u + v * v).sqrt()
+    # Signed distances to the outlines, in radii, negative inside.
+    circle = distance - 1.0
+    square = torch.maximum(abs_u, abs_v) - 0.85
+    triangle = torch.maximum(v - 0.8, (1.8 * abs_u - v - 1) / 2.0591)
+    turn = torch.atan2(abs_u, -v)
+    turn = (
+        turn - _STAR_STEP * torch.floor(turn / _STAR_STEP + 0.5)
+    ).abs()  # folded to half a point of the star
+    star = (distance * torch.sin(turn) * 0.66021 + (distance * torch.cos(turn) - 1) * 0.24687) / 0.70486
+    cross = torch.minimum(torch.maximum(abs_u - 0.3, abs_v - 1), torch.maximum(abs_v - 0.3, abs_u - 1))
+    hoop = torch.maximum(distance - 1, 1 - ring - distance)
+    result = circle
+    for index, other in enumerate((square, triangle, star, cross, hoop), start=1):
+        result = torch.where(kind == index, other, result)
+    cover = torch.where(kind < 0, 0.0, (0.5 - result * radius / look[:, 6:7]).clamp(0, 1))
+    channels = [
+        below + cover * (color - below) for color, below in zip(rgb, _ground(look, x, y, canvas), strict=True)
+    ]
     return _finish(channels, look, noise)
 
 

@@ -16,7 +16,20 @@ def _outline(kind: str) -> list[tuple[float, float]]:
         return [(0, -1), (1, 0.8), (-1, 0.8)]
     if kind == "cross":
         a = 0.3
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        return [
+            (-a, -1),
+            (a, -1),
+            (a, -a),
+            (1, -a),
+            (1, a),
+            (a, a),
+            (a, 1),
+            (-a, 1),
+            (-a, a),
+            (-1, a),
+            (-1, -a),
+            (-a, -a),
+        ]
     if kind == "star":
         return [
             (length * math.sin(index * math.pi / 5), -length * math.cos(index * math.pi / 5))
@@ -35,7 +48,10 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, scale: float) -> None:
         pen.ellipse(box, outline=shape.rgb, width=max(2, round(radius * shape.ring)))
     else:
         cos, sin = math.cos(shape.angle), math.sin(shape.angle)
-        points = [(x + radius * (px * cos - py * sin), y + radius * (px * sin + py * cos)) for px, py in _outline(shape.kind)]
+        points = [
+            (x + radius * (px * cos - py * sin), y + radius * (px * sin + py * cos))
+            for px, py in _outline(shape.kind)
+        ]
         pen.polygon(points, fill=shape.rgb)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from gemcut.demo import lettering
 from gemcut.demo.questions import KINDS, QA, ask_shapes, ask_sign, ask_text, ask_two, describe_all
 from gemcut.demo.scenes import (
-    BUDGET,
     MASK_CAPACITY,
     MAX_SHAPES,
+    PLACES,
     SHAPES,
     Canvas,
     Scene,
@@ -63,16 +63,28 @@ class Layout:
         """Name to (byte offset, dtype, shape). Pictures are in the order shapes, pairs, signs."""
         shapes: list[tuple[str, Any, tuple[int, ...]]] = [
             ("ids", np.int16, (self.rows, self.length)),
-            ("kind", np.int8, (self.rows, self.length)),  # index into KINDS of the answer a token is in, or -1
+            (
+                "kind",
+                np.int8,
+                (self.rows, self.length),
+            ),  # index into KINDS of the answer a token is in, or -1
             ("size", np.uint8, (self.rows, self.length)),  # length of that answer in tokens
-            ("start", np.int32, (self.pictures,)),  # where the picture's soft tokens begin in the flattened rows
+            (
+                "start",
+                np.int32,
+                (self.pictures,),
+            ),  # where the picture's soft tokens begin in the flattened rows
             ("grid", np.int16, (self.pictures, 2)),  # rows, columns of soft tokens
             ("stretch", np.float32, (self.pictures, 2)),  # canvas px per picture px in x, y
             ("look", np.float32, (self.pictures, LOOK_FIELDS)),
-            ("shapes", np.float32, (self.shape_pictures, MAX_SHAPES, SHAPE_FIELDS)),
+            ("shapes", np.float32, (self.shape_pictures, PLACES, SHAPE_FIELDS)),
             ("signs", np.float32, (self.signs, SIGN_FIELDS)),
             ("masks", np.uint8, (self.signs, MASK_CAPACITY)),
-            ("marks", np.int16, (self.pictures, MAX_SHAPES, 2)),  # (soft token, class), -1 where there is none
+            (
+                "marks",
+                np.int16,
+                (self.pictures, MAX_SHAPES, 2),
+            ),  # (soft token, class), -1 where there is none
         ]
         result, offset = {}, 0
         for name, kind, shape in shapes:
@@ -101,11 +113,11 @@ def look_vector(scene: Scene, edge: float) -> list[float]:
 
 
 def shape_vectors(scene: ShapeScene) -> np.ndarray:
-    """Shapes for the torch renderer, [MAX_SHAPES, SHAPE_FIELDS]; unused ones have kind -1."""
-    result = np.zeros((MAX_SHAPES, SHAPE_FIELDS), np.float32)
+    """Shapes for the torch renderer by place, [PLACES, SHAPE_FIELDS]; empty places have kind -1."""
+    result = np.zeros((PLACES, SHAPE_FIELDS), np.float32)
     result[:, 0], result[:, 3] = -1, 1
-    for row, shape in zip(result, scene.shapes, strict=False):
-        row[:] = [
+    for shape in scene.shapes:
+        result[shape.place] = [
             SHAPES.index(shape.kind), shape.x, shape.y, shape.radius, math.cos(shape.angle), math.sin(shape.angle),
             shape.ring, *shape.rgb,
         ]  # fmt: skip
@@ -182,7 +194,9 @@ class RowWriter:
             last = turn == len(asked) - 1
             body, offsets = self._picture_turn(encode(qa.question), tokens if turn == picture_turn else [])
             user = head + list(encode(USER))
-            thought = encode(f"<|channel>thought\n{describe_all(scenes)}\n<channel|>") if thinking and last else ()
+            thought = (
+                encode(f"<|channel>thought\n{describe_all(scenes)}\n<channel|>") if thinking and last else ()
+            )
             opening = encode(NO_THOUGHT) if not thinking and rng.random() < 0.5 else ()
             prompt = [*user, *body, *encode(MODEL), *opening]
             answer = encode(qa.answer + END)
@@ -190,7 +204,9 @@ class RowWriter:
             if end + 1 > self.length:
                 if turn == picture_turn and not starts and scenes:
                     # a long answer to the first question: ask something shorter, the picture must be shown
-                    asked[turn] = min(asked[turn + 1 :] or [ask_text(rng)], key=lambda other: len(other.answer))
+                    asked[turn] = min(
+                        asked[turn + 1 :] or [ask_text(rng)], key=lambda other: len(other.answer)
+                    )
                     thinking, misses = False, misses + 1
                     continue
                 turn, misses = turn + 1, misses + 1
@@ -223,6 +239,7 @@ class BatchMaker:
     encoder: Encoder
     fonts: Sequence[Sequence[str]]
     unseen: bool = False
+    variety: float = 1.0  # of the lettering, see sample_sign
 
     def _canvas(self) -> Canvas:
         return Canvas.of(*sample_size(self.rng))
@@ -275,11 +292,8 @@ class BatchMaker:
             first, second = (sample_shapes(rng, canvas(), most, self.unseen) for _ in range(2))
             put([first, second], ask_two(rng, first, second))
         for _ in range(layout.signs):
-            board = sample_sign(rng, canvas(), self.fonts, smallest, self.unseen)
+            board = sample_sign(rng, canvas(), self.fonts, smallest, self.unseen, variety=self.variety)
             put([board], ask_sign(rng, board))
         for _ in range(layout.texts):
             put([], [ask_text(rng, self.unseen)])
         return buffer
-
-
-assert BUDGET * 2 + 60 <= 224

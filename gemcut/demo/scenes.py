@@ -20,6 +20,7 @@ BUDGET = 70  # soft tokens per picture
 CELL = 48  # px per side of a soft token: 3 x 3 patches of 16 x 16
 AREA = BUDGET * CELL * CELL
 MAX_SHAPES = 8
+PLACES = 9
 MAX_LETTERS = 6
 MAX_DIGITS = 4
 MASK_CAPACITY = 24576  # px of the largest lettering mask, so that a batch has a fixed size
@@ -47,7 +48,17 @@ WORDS = (
     "TICKET POLICE MUSEUM GARDEN BRIDGE CINEMA OFFICE DOCTOR COFFEE FRESH BREAD WATER LIGHT MUSIC RADIO TRAIN SLOW"
 ).split()
 
-_GRID_PLACES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
+_GRID_PLACES = [
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+]
 _LINE_PLACES = {"row": ["left", "center", "right"], "column": ["top", "center", "bottom"]}
 
 
@@ -214,7 +225,9 @@ def _combination(canvas: Canvas, color: str, kind: str, place: int) -> str:
     return f"{color} {kind} {canvas.layout} {place}"
 
 
-def sample_shapes(rng: random.Random, canvas: Canvas, most: int = MAX_SHAPES, unseen: bool = False) -> ShapeScene:
+def sample_shapes(
+    rng: random.Random, canvas: Canvas, most: int = MAX_SHAPES, unseen: bool = False
+) -> ShapeScene:
     """A scene of one to ``most`` shapes.
 
     Combinations of color, shape and place that ``held_out`` names never appear, unless ``unseen``: then at least
@@ -228,7 +241,7 @@ def sample_shapes(rng: random.Random, canvas: Canvas, most: int = MAX_SHAPES, un
         if number > 2 and rng.random() < 0.35:  # few kinds make groups to count
             colors, kinds = rng.sample(colors, rng.randint(1, 3)), rng.sample(kinds, rng.randint(1, 3))
         shapes, known = [], True
-        for place in sorted(rng.sample(range(9), number)):
+        for place in sorted(rng.sample(range(PLACES), number)):
             x, y, width, height = canvas.place(place)
             radius = rng.uniform(0.32, 0.46) * min(width, height)
             kind, color = rng.choice(kinds), rng.choice(colors)
@@ -282,24 +295,26 @@ def sample_sign(
     rng: random.Random,
     canvas: Canvas,
     fonts: Sequence[Sequence[str]],
-    smallest: float = 30.0,
+    smallest: float = 34.0,
     unseen: bool = False,
     text: str | None = None,
+    variety: float = 0.4,
 ) -> SignScene:
     """A scene with one sign.
 
     ``fonts``: files by family. ``smallest``: least font size in px after the processor (a letter of such a font is
     about two thirds as wide); long words in narrow pictures can be a little smaller. ``unseen``: a held-out text.
+    ``variety``: how often letters are spaced, emboldened, stretched or slanted; training uses 1.
     """
     look = sample_look(rng)
     text = text or sample_text(rng, unseen)
     style = lettering.Style(
         font=rng.choice(rng.choice(fonts)),
-        spacing=rng.uniform(0, 0.15) if rng.random() < 0.4 else 0.0,
+        spacing=rng.uniform(0, 0.15) if rng.random() < 0.45 * variety else 0.0,
         stacked=canvas.stacked,
-        weight=rng.uniform(0, 0.04) if rng.random() < 0.2 else 0.0,
-        stretch=rng.uniform(0.85, 1.2) if rng.random() < 0.3 else 1.0,
-        slant=rng.uniform(-0.1, 0.25) if rng.random() < 0.2 else 0.0,
+        weight=rng.uniform(0, 0.05) if rng.random() < 0.3 * variety else 0.0,
+        stretch=rng.uniform(0.82, 1.25) if rng.random() < 0.5 * variety else 1.0,
+        slant=rng.uniform(-0.12, 0.28) if rng.random() < 0.35 * variety else 0.0,
     )
     width, height = lettering.measure(text, style)
     pad_x, pad_y = rng.uniform(0.15, 0.5), rng.uniform(0.14, 0.35)
@@ -311,7 +326,9 @@ def sample_sign(
     tilt = min(0.1 * canvas.height / (em * wide), 0.1 * canvas.width / (em * tall))
     angle = max(-tilt, min(tilt, angle))
     cos, sin = math.cos(angle), abs(math.sin(angle))
-    em = min(em, 0.98 * canvas.width / (wide * cos + tall * sin), 0.98 * canvas.height / (tall * cos + wide * sin))
+    em = min(
+        em, 0.98 * canvas.width / (wide * cos + tall * sin), 0.98 * canvas.height / (tall * cos + wide * sin)
+    )
     half_width, half_height = em * wide / 2, em * tall / 2
     reach_x, reach_y = half_width * cos + half_height * sin, half_height * cos + half_width * sin
     plate: str | None = rng.choice([name for name in COLOR_NAMES if name != look.background])
@@ -342,7 +359,10 @@ def marks(scene: Scene, centers: np.ndarray | None = None, scale: float = 1.0) -
     if isinstance(scene, ShapeScene):
         first = 1 + len(SYMBOLS)
         return [
-            (canvas.soft_token(shape.x, shape.y), first + COLOR_NAMES.index(shape.color) * len(SHAPES) + SHAPES.index(shape.kind))
+            (
+                canvas.soft_token(shape.x, shape.y),
+                first + COLOR_NAMES.index(shape.color) * len(SHAPES) + SHAPES.index(shape.kind),
+            )
             for shape in scene.shapes
         ]
     if centers is None:

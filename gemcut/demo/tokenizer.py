@@ -42,10 +42,23 @@ def _corpus() -> list[str]:
     for color in BACKGROUNDS:
         for shape in SHAPES:
             name = f"{color} {shape}"
-            lines += [name, f"{with_article(name)}, {name} and {with_article(name)} on {with_article(color)} background."]
+            lines += [
+                name,
+                f"{with_article(name)}, {name} and {with_article(name)} on {with_article(color)} background.",
+            ]
             lines += [f"{number} {color} {plural(shape)}," for number in NUMBER_WORDS[2:]]
     lines += [f"{with_article(color)} sign that says " for color in COLOR_NAMES] * 6
-    lines += ["top left", "top right", "bottom left", "bottom right", "center", "top", "bottom", "left", "right"] * 20
+    lines += [
+        "top left",
+        "top right",
+        "bottom left",
+        "bottom right",
+        "center",
+        "top",
+        "bottom",
+        "left",
+        "right",
+    ] * 20
     lines += [f" {number}" for number in NUMBER_WORDS[2:]] * 20
     return lines
 

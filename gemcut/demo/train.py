@@ -35,9 +35,14 @@ _TORCH_TYPES = {
     np.dtype(np.float32): torch.float32,
 }
 # What a kind's errors cost, before the weighting by its accuracy: reading is the hardest, text the least wanted.
-_IMPORTANCE = {"read_word": 2.0, "read_number": 1.5, "describe_sign": 1.3, "list": 1.5, "describe": 1.5, "count": 1.3} | {
-    kind: 0.5 for kind in ("repeat", "reverse", "add", "thought")
-}
+_IMPORTANCE = {
+    "read_word": 2.0,
+    "read_number": 1.5,
+    "describe_sign": 1.3,
+    "list": 1.5,
+    "describe": 1.5,
+    "count": 1.3,
+} | {kind: 0.5 for kind in ("repeat", "reverse", "add", "thought")}
 _REPORT_SECONDS, _SAVE_SECONDS = 10, 100
 
 
@@ -46,7 +51,9 @@ def _worker(results: Any, progress: Any, layout: Layout, seed: int, font_folder:
     maker = BatchMaker(layout, random.Random(seed), Encoder(), fonts.faces(False, font_folder))
     while True:
         done = progress.value
-        results.put(maker.make(smallest=30 + 14 * max(0.0, 1 - done / 0.2), easy=0.8 * max(0.0, 1 - done / 0.15)))
+        results.put(
+            maker.make(smallest=30 + 14 * max(0.0, 1 - done / 0.2), easy=0.8 * max(0.0, 1 - done / 0.15))
+        )
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
@@ -66,7 +73,9 @@ class Optimizer:
     Everything, the learning rate too, lives on the device, so that a step can be captured in a graph.
     """
 
-    def __init__(self, parameters: net.Parameters, device: torch.device, rate: float, adam_rate: float, decay: float) -> None:
+    def __init__(
+        self, parameters: net.Parameters, device: torch.device, rate: float, adam_rate: float, decay: float
+    ) -> None:
         self.peak, self.adam_ratio, self.decay = rate, adam_rate / rate, decay
         self.parameters: net.Parameters = {}
         groups: dict[tuple[int, ...], list[str]] = collections.defaultdict(list)
@@ -74,7 +83,9 @@ class Optimizer:
         for name, value in parameters.items():
             if name.endswith(net.FIXED):
                 self.parameters[name] = value.to(device)
-            elif value.dim() < 2 or any(part in name for part in ("embed_tokens", "router", "position_embedding", "helper")):
+            elif value.dim() < 2 or any(
+                part in name for part in ("embed_tokens", "router", "position_embedding", "helper")
+            ):
                 self.flat_names.append(name)
             else:
                 groups[tuple(value.shape[-2:])].append(name)
@@ -87,7 +98,10 @@ class Optimizer:
             self.groups.append((names, stack, torch.zeros_like(stack)))
         self.first, self.second = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.steps, self.rate = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.leaves = [self.parameters[name] for name in [*self.flat_names, *(n for names, _, _ in self.groups for n in names)]]
+        self.leaves = [
+            self.parameters[name]
+            for name in [*self.flat_names, *(n for names, _, _ in self.groups for n in names)]
+        ]
 
     def _views(self, whole: Tensor, names: list[str], like: net.Parameters, shape: tuple[int, ...]) -> None:
         position = 0
@@ -123,7 +137,10 @@ class Optimizer:
             count += len(names)
             gradient = torch.cat([value.reshape(-1, *stack.shape[1:]) for value in part]).float()
             momentum.lerp_(gradient, 0.05)
-            update = _orthogonal(torch.lerp(gradient, momentum, 0.95)) * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
+            update = (
+                _orthogonal(torch.lerp(gradient, momentum, 0.95))
+                * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
+            )
             stack.sub_(self.rate * (update + self.decay * stack))
         return norm
 
@@ -131,22 +148,30 @@ class Optimizer:
 class Trainer:
     """Device buffers, the step, and the measures taken during training."""
 
-    def __init__(self, layout: Layout, size: net.Size, arguments: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, size: net.Size, arguments: argparse.Namespace, device: torch.device
+    ) -> None:
         self.layout, self.size, self.device = layout, size, device
         cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.buffer = torch.zeros(layout.bytes, dtype=torch.uint8, device=device)
         self.batch = {
-            name: self.buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(_TORCH_TYPES[dtype]).view(shape)
+            name: self.buffer[offset : offset + math.prod(shape) * dtype.itemsize]
+            .view(_TORCH_TYPES[dtype])
+            .view(shape)
             for name, (offset, dtype, shape) in layout.fields().items()
         }
-        self.optimizer = Optimizer(net.initial(size, arguments.seed), device, arguments.rate, arguments.adam_rate, 0.05)
+        self.optimizer = Optimizer(
+            net.initial(size, arguments.seed), device, arguments.rate, arguments.adam_rate, 0.05
+        )
         self.net = net.Net(size, self.optimizer.parameters, self.dtype, flash=cuda)
         self.draw_shapes, self.draw_signs = render.draw_shapes, render.draw_signs
         self.kind_weight = torch.tensor([0.0, *(_IMPORTANCE.get(kind, 1.0) for kind in KINDS)], device=device)
         self.helper_weight = torch.ones((), device=device)
         self.kind_sums = torch.zeros(net.KIND_ROWS, 3, device=device)
-        self.sums = torch.zeros(7, device=device)  # loss, balance, helper, gradient norm, helper hits, marks, steps
+        self.sums = torch.zeros(
+            7, device=device
+        )  # loss, balance, helper, gradient norm, helper hits, marks, steps
 
     def load(self, buffer: np.ndarray) -> None:
         """Copy a batch to the device."""
@@ -177,10 +202,14 @@ class Trainer:
     def calibrate(self) -> None:
         """Fit the patch projection and the standardization to the loaded batch."""
         pixels, positions = self.pictures()
-        tokens = torch.arange(render.PATCHES // 9, device=self.device) < (positions.valid.sum(1)[:, None] // 9)
+        tokens = torch.arange(render.PATCHES // 9, device=self.device) < (
+            positions.valid.sum(1)[:, None] // 9
+        )
         with torch.no_grad():
             net.calibrate(
-                self.net.parameters, pixels[positions.valid][::7], lambda: self.net.tower(pixels, positions)[tokens]
+                self.net.parameters,
+                pixels[positions.valid][::7],
+                lambda: self.net.tower(pixels, positions)[tokens],
             )
 
     def losses(self) -> tuple[Tensor, ...]:
@@ -216,9 +245,11 @@ class Trainer:
             self.step()
         return graph
 
-    @torch.no_grad()
     def validate(self, batches: list[np.ndarray]) -> dict[str, tuple[float, int]]:
-        """Share of answers with every token right (teacher forcing, so the same as greedy), and their number, per kind."""
+        """Share of answers with every token right (teacher forcing, so the same as greedy), and their number, per kind.
+
+        Not under no_grad, for which everything would be compiled once more.
+        """
         right: collections.Counter[int] = collections.Counter()
         seen: collections.Counter[int] = collections.Counter()
         for buffer in batches:
@@ -238,7 +269,7 @@ class Trainer:
 
 def reweigh(accuracy: np.ndarray) -> list[float]:
     """Weight of each kind by its accuracy per token: what is right already counts less."""
-    weight = [min(1.5, max(0.3, 0.3 + 3 * (1 - value))) for value in accuracy[1:]]
+    weight = [min(1.5, max(0.3, 0.3 + 5 * (1 - value))) for value in accuracy[1:]]
     return [0.0, *(_IMPORTANCE.get(kind, 1.0) * value for kind, value in zip(KINDS, weight, strict=True))]
 
 
@@ -255,7 +286,11 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
     context = multiprocessing.get_context("fork")
     progress, batches = context.Value("d", 0.0), context.Queue(24)
     workers = [
-        context.Process(target=_worker, args=(batches, progress, layout, arguments.seed * 1000 + index, arguments.fonts), daemon=True)
+        context.Process(
+            target=_worker,
+            args=(batches, progress, layout, arguments.seed * 1000 + index, arguments.fonts),
+            daemon=True,
+        )
         for index in range(arguments.workers)
     ]
     for worker in workers:
@@ -273,8 +308,15 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
         "device", torch.cuda.get_device_name() if cuda else "cpu", "parameters", sum(p.numel() for p in net.initial(net.Size()).values()),
         "rows", layout.rows, "pictures", layout.pictures,
     )  # fmt: skip
-    maker = BatchMaker(layout, random.Random(987_654_321), Encoder(), fonts.faces(True, arguments.fonts), unseen=True)
-    held_out = [maker.make() for _ in range(arguments.validation)]
+    maker = BatchMaker(
+        layout,
+        random.Random(987_654_321),
+        Encoder(),
+        fonts.faces(True, arguments.fonts),
+        unseen=True,
+        variety=0.4,
+    )
+    held_out = [maker.make(smallest=34) for _ in range(arguments.validation)]
     trainer.load(batches.get())
     trainer.calibrate()
     say("loss before training", round(trainer.losses()[0].item(), 3))
@@ -314,7 +356,9 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
     while (now := time.time()) - first < seconds and step < arguments.steps:
         done = (now - first) / seconds
         progress.value = done
-        optimizer.rate.fill_(optimizer.peak * mult * min(1, (step + 1) / 200) * min(1, (1 - done) / arguments.cooldown))
+        optimizer.rate.fill_(
+            optimizer.peak * mult * min(1, (step + 1) / 200) * min(1, (1 - done) / arguments.cooldown)
+        )
         trainer.helper_weight.fill_(max(0.1, 1 - done / 0.7))
         slot = ready.get()
         waited += time.time() - now
@@ -360,7 +404,9 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
             last_save = time.time()
     if cuda:
         torch.cuda.synchronize()
-    say(f"end: steps {step}, pictures {step * layout.pictures}, seconds {time.time() - first:.1f}, waited {waited:.1f}")
+    say(
+        f"end: steps {step}, pictures {step * layout.pictures}, seconds {time.time() - first:.1f}, waited {waited:.1f}"
+    )
     state = trainer.state()
     save_file(state, out / "state.safetensors")
     export.write(state, net.Size(), out / "checkpoint")
@@ -377,19 +423,25 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--seconds", type=float, default=560, help="from the start to the end of the training")
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--seconds", type=float, default=560, help="from the start to the end of the training"
+    )
     result.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
     result.add_argument("--out", default="demo-training")
     result.add_argument("--fonts", default=None, help="a folder of fonts instead of the installed packages")
-    result.add_argument("--rows", default="72,96,40,16", help="rows a step: shapes, signs, pairs, text")
+    result.add_argument("--rows", default="60,120,34,8", help="rows a step: shapes, signs, pairs, text")
     result.add_argument("--workers", type=int, default=13)
     result.add_argument("--threads", type=int, default=2, help="of PyTorch on a CPU")
     result.add_argument("--validation", type=int, default=12, help="held-out batches")
     result.add_argument("--compile", type=int, default=int(torch.cuda.is_available()))
     result.add_argument("--rate", type=float, default=0.02)
     result.add_argument("--adam-rate", type=float, default=3e-3)
-    result.add_argument("--cooldown", type=float, default=0.5, help="share of the time over which the rate falls to 0")
+    result.add_argument(
+        "--cooldown", type=float, default=0.5, help="share of the time over which the rate falls to 0"
+    )
     result.add_argument("--seed", type=int, default=1)
     return result
 
