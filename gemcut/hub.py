@@ -35,12 +35,15 @@ FILES = [
 MAX_JSON_BYTES = 100_000_000
 
 
-def resolve(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
+def resolve(
+    model: str, *, revision: str | None = None, token: str | None = None, weights: bool = True
+) -> Path:
     """The folder of a checkpoint: `model` itself if it is a folder, else the hub id's files, downloaded.
 
     revision: branch, tag or commit on the hub. token: overrides HF_TOKEN. A broken connection is resumed in
     the middle of a file; after an interrupted download, files that are complete are not fetched again. With
     HF_HUB_OFFLINE set, or without a network, a complete copy in the cache (HF_HOME) is used.
+    weights: False leaves the safetensors files out, for callers who only read what a model is.
 
     Raises NotFound if there is no such folder or the hub does not give it, ConfigError for a revision
     of a folder.
@@ -59,7 +62,7 @@ def resolve(model: str, *, revision: str | None = None, token: str | None = None
             f"There is no folder {model}{_near(folder)}. "
             "Give a folder that holds a checkpoint, or a hub id such as google/gemma-4-31B-it."
         )
-    return _download(model, revision, token)
+    return _download(model, revision, token, weights)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def _near(folder: Path) -> str:
     return "; did you mean " + ", ".join(str(parent / lower[name]) for name in near) + "?"
 
 
-def _download(model: str, revision: str | None, token: str | None) -> Path:
+def _download(model: str, revision: str | None, token: str | None, weights: bool) -> Path:
     import huggingface_hub
 
     try:
@@ -149,13 +152,14 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
                 model,
                 revision=revision,
                 token=token,
-                allow_patterns=FILES,
+                allow_patterns=FILES if weights else [name for name in FILES if "safetensors" not in name],
                 tqdm_class=_progress_bar(),
             )
         )
     except Exception as error:  # the hub library lets through the errors of the HTTP libraries it uses
         raise _as_not_found(error, model, revision) from error
-    for name, pattern in (("config.json", "config.json"), ("safetensors weights", "*.safetensors")):
+    needed = [("config.json", "config.json"), ("safetensors weights", "*.safetensors")]
+    for name, pattern in needed if weights else needed[:1]:
         if next(folder.glob(pattern), None) is None:
             raise NotFound(
                 f"{model} has no {name}; gemcut runs checkpoints of config.json, tokenizer.json and "

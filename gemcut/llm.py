@@ -67,12 +67,13 @@ def start_engine(
 class LLM:
     """Answers many prompts at once, in this process.
 
-    Settings are those of `EngineConfig`. Raises ConfigError, NotFound or CheckpointError if it cannot start.
+    Settings are those of `EngineConfig`. `files`: of a checkpoint that is open already, for callers who make
+    prompts before they load weights. Raises ConfigError, NotFound or CheckpointError if it cannot start.
     """
 
-    def __init__(self, model: str | None = None, **settings: Any) -> None:
+    def __init__(self, model: str | None = None, *, files: ModelFiles | None = None, **settings: Any) -> None:
         self.config = EngineConfig(model=model, **settings)
-        self.files = open_files(self.config)
+        self.files = open_files(self.config) if files is None else files
         self._engine, self.used = start_engine(self.config, self.files)
         self._numbers = itertools.count()
 

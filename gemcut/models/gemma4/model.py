@@ -11,6 +11,7 @@ from gemcut.errors import ConfigError
 from gemcut.kernels import Backend
 from gemcut.models.batch import Batch, LayerKV, Patches
 from gemcut.models.checkpoint import Destination
+from gemcut.models.gemma4.built import refuse_unbuilt
 from gemcut.models.gemma4.text import Decoder
 from gemcut.models.gemma4.vision import VisionTower
 from gemcut.nn.linear import FusedLinear, Linear
@@ -37,7 +38,7 @@ class Gemma4(nn.Module):
 
     def __init__(self, plan: ModelPlan, backend: Backend) -> None:
         super().__init__()
-        _refuse_unbuilt(plan)
+        refuse_unbuilt(plan)
         self.language_model = Decoder(plan.text, backend)
         if plan.vision is not None:
             self.vision_tower = VisionTower(plan.vision, backend)
@@ -83,22 +84,3 @@ class Gemma4(nn.Module):
                 put(f"{owner.rpartition('.')[0]}.{source}.weight", name, start, start + rows)
                 start += rows
         return places
-
-
-def _refuse_unbuilt(plan: ModelPlan) -> None:
-    missing = []
-    if plan.text.per_layer_input is not None:
-        missing.append("per-layer embeddings (E2B, E4B)")
-    if any(not layer.owns_kv for layer in plan.text.layers):
-        missing.append("layers that share another layer's KV (E2B, E4B)")
-    if plan.vision is not None and plan.vision.clipped:
-        missing.append("clipped linears in the vision tower (E2B, E4B)")
-    if plan.patch_embedder is not None:
-        missing.append("the encoder-free picture and audio embedders (12B)")
-    elif plan.audio is not None:
-        missing.append("the audio tower (E2B, E4B)")
-    if missing:
-        raise ConfigError(
-            f"gemcut does not run this model yet: it needs {', '.join(missing)}. "
-            "It runs 26B-A4B, 31B and text-only models of their kind; `gemcut inspect` plans all sizes."
-        )
