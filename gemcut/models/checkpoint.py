@@ -455,7 +455,9 @@ class _Maps:
 def _copy_to_gpu(copies: list[Copy], device: torch.device) -> None:
     """Threads that each move chunks through their own pinned buffer and stream.
 
-    While one thread waits for its copy, the others read the file, so that disk and PCIe overlap.
+    While one thread waits for its copy, the others read the file, so that disk and PCIe overlap. 12.4 GB
+    out of the page cache, 16 cores and an H100: 12 to 19 GB/s with 8 threads of 16 MB, 14 with 4, 11 with
+    16 threads or 64 MB, 6 with 4 MB; 6 with a plain `.to`.
     """
     work: queue.SimpleQueue[tuple[StoredTensor, int, torch.Tensor]] = queue.SimpleQueue()
     maps = _Maps()
