@@ -71,6 +71,17 @@ class Case:
         return found | {name: given[name] for name in self.writes}
 
 
+def normal(
+    generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Callable[..., torch.Tensor]:
+    """draw(*shape, scale=1.0, shift=0.0): random numbers in this dtype, each drawn in fp32."""
+
+    def draw(*shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale + shift).to(dtype)
+
+    return draw
+
+
 def widen(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments with half-precision tensors in fp32: what the truth is computed from."""
     half = (torch.bfloat16, torch.float16)

@@ -32,6 +32,10 @@ def add_norm(
     Returns (x1 [T, H], h [T, H]). Segment C of the decoder, and every tail of the vision tower.
     """
     _check("add_norm", x, a, post_weight=post_weight, next_weight=next_weight)
+    if backend.kernels == "triton":
+        from gemcut.kernels.add_norm import triton as implementation
+
+        return implementation.add_norm(x, a, post_weight, next_weight, eps=eps, backend=backend)
     x1 = x + rms_norm(a, post_weight, eps)
     return x1, rms_norm(x1, next_weight, eps)
 
@@ -63,6 +67,12 @@ def add_norm_moe(
         router_scale=router_scale,
         expert_weight=expert_weight,
     )
+    if backend.kernels == "triton":
+        from gemcut.kernels.add_norm import triton as implementation
+
+        return implementation.add_norm_moe(
+            x, a, post_weight, next_weight, router_scale, expert_weight, eps=eps, backend=backend
+        )
     x1 = x + rms_norm(a, post_weight, eps)
     r = rms_norm(x1, None, eps) * router_scale * x.shape[-1] ** -0.5
     return x1, rms_norm(x1, next_weight, eps), r, rms_norm(x1, expert_weight, eps)

@@ -25,6 +25,12 @@ def close_layer(
     Returns (x' [T, H], h [T, H]).
     """
     _check("close_layer", x, d, layer_scalar, post_weight=post_weight, next_weight=next_weight)
+    if backend.kernels == "triton":
+        from gemcut.kernels.close_layer import triton as implementation
+
+        return implementation.close_layer(
+            x, d, post_weight, layer_scalar, next_weight, eps=eps, backend=backend
+        )
     x = (x + rms_norm(d, post_weight, eps)) * layer_scalar
     return x, rms_norm(x, next_weight, eps)
 
@@ -63,6 +69,13 @@ def close_layer_moe(
     count, hidden = x.shape
     check("close_layer_moe", "t", t, (count, None, hidden), x.dtype, x.device)
     check("close_layer_moe", "expert_weights", expert_weights, t.shape[:2], torch.float32, x.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.close_layer import triton as implementation
+
+        return implementation.close_layer_moe(
+            x, d, t, expert_weights, dense_weight, moe_weight, post_weight, layer_scalar, next_weight,
+            eps=eps, backend=backend,
+        )  # fmt: skip
     e = (t.float() * expert_weights[:, :, None]).sum(dim=1).to(x.dtype)
     y = rms_norm(d, dense_weight, eps) + rms_norm(e, moe_weight, eps)
     x = (x + rms_norm(y, post_weight, eps)) * layer_scalar

@@ -29,12 +29,17 @@ def embed(
     check("embed", "token_ids", token_ids, (None,), INTS, weight.device)
     check("embed", "next_weight", next_weight, weight.shape[1:], weight.dtype, weight.device)
     hidden = weight.shape[1]
-    # rounded to the weight's dtype before the product: 53.0 for 26B-A4B in bf16 (spec 10, item 1)
-    x = weight[token_ids] * torch.tensor(hidden**0.5, dtype=weight.dtype, device=weight.device)
     if soft is not None:
         if soft_rows is None:
             raise ValueError("embed: soft needs soft_rows, which says where the soft tokens go")
         check("embed", "soft", soft, (None, hidden), weight.dtype, weight.device)
         check("embed", "soft_rows", soft_rows, token_ids.shape, INTS, weight.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.embed import triton as implementation
+
+        return implementation.embed(token_ids, weight, soft, soft_rows, next_weight, eps=eps, backend=backend)
+    # rounded to the weight's dtype before the product: 53.0 for 26B-A4B in bf16 (spec 10, item 1)
+    x = weight[token_ids] * torch.tensor(hidden**0.5, dtype=weight.dtype, device=weight.device)
+    if soft is not None and soft_rows is not None:
         x = torch.where((soft_rows >= 0)[:, None], soft[soft_rows.clamp(min=0)], x)
     return x, rms_norm(x, next_weight, eps)

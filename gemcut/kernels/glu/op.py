@@ -17,5 +17,9 @@ def glu(gate_up: torch.Tensor, *, backend: Backend) -> torch.Tensor:
     check_activation("glu", "gate_up", gate_up, 2)
     if gate_up.shape[1] % 2:
         raise ValueError(f"glu: gate_up must have an even number of columns, got {gate_up.shape[1]}")
+    if backend.kernels == "triton":
+        from gemcut.kernels.glu import triton as implementation
+
+        return implementation.glu(gate_up, backend=backend)
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.gelu(gate, approximate="tanh") * up

@@ -18,6 +18,10 @@ def rope_table(
     """
     check("rope_table", "inv_freq", inv_freq, (None,), torch.float32, positions.device)
     check("rope_table", "positions", positions, (None,), INTS, positions.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.rope import triton as implementation
+
+        return implementation.rope_table(positions, inv_freq, dtype, backend=backend)
     angles = positions.float()[:, None] * inv_freq
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 

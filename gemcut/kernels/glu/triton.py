@@ -1,0 +1,43 @@
+"""Segment D on the GPU: a flat walk over the output, no program knows rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gemcut.kernels.add_norm.triton import rounded
+from gemcut.kernels.backend import Backend
+
+# 4 warps of 8 values a thread: one 16-byte load of gate and of up each; smaller steps fill the chip sooner
+BLOCK = 1024
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), as x * sigmoid(2u): nothing cancels."""
+    return x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit(do_not_specialize=["size"])
+def _glu(gate_up_ptr, out_ptr, size, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    # int64 from the row on: gate_up of a long prefill can pass 2^31 values
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    row, column = index // WIDTH, index % WIDTH
+    source = gate_up_ptr + row * (2 * WIDTH) + column
+    dtype = out_ptr.dtype.element_ty
+    gate = tl.load(source, mask, other=0.0).to(tl.float32)
+    up = tl.load(source + WIDTH, mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + index, (rounded(gelu_tanh(gate), dtype, ROUND) * up).to(dtype), mask)
+
+
+def glu(gate_up: torch.Tensor, *, backend: Backend) -> torch.Tensor:
+    count, columns = gate_up.shape
+    width = columns // 2
+    out = gate_up.new_empty(count, width)
+    size = count * width
+    _glu[(triton.cdiv(size, BLOCK),)](
+        gate_up, out, size, width, BLOCK, backend.numerics == "reference", num_warps=4
+    )
+    return out
