@@ -108,7 +108,7 @@ def test_the_door_is_exact(ahead: bool, monkeypatch: pytest.MonkeyPatch):
     """Whoever is admitted comes to an end alone; whoever is refused would not, were the door open."""
     random = Random(7)
     outcomes = {"admitted": 0, "refused": 0}
-    for _ in range(1500):
+    for _ in range(700):
         size, made = draw(random)
         if made.max_tokens is not None and len(made.prompt) + made.max_tokens > size.max_model_len:
             continue
@@ -130,7 +130,7 @@ def test_the_door_is_exact(ahead: bool, monkeypatch: pytest.MonkeyPatch):
             assert engine.right("r")
             assert len(engine.outputs["r"]) == max_tokens
             assert engine.scheduler.num_preemptions == 0
-    assert min(outcomes.values()) > 300
+    assert min(outcomes.values()) > 140
 
 
 def test_a_default_max_tokens_is_the_most_that_would_be_admitted():

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from statistics import median
+from time import perf_counter
 
 import pytest
 from scenes import audio, image, limits, request
@@ -388,3 +391,22 @@ def test_doing_nothing_while_something_could_run_is_an_error_in_time():
     scheduler = Scheduler(limits())
     for _ in range(3 * STUCK_AFTER):
         assert scheduler.plan(0.0) is None
+
+
+def test_planning_256_decode_rows_takes_little_time():
+    """Some 0.4 ms on an idle core; the bound is for busy machines and catches a table rebuilt per row."""
+    size = limits(max_num_seqs=256, max_num_batched_tokens=4096, max_model_len=4096, page_size=16, window=512)
+    scheduler = Scheduler(replace(size, num_full_pages=256 * 80, num_sliding_pages=256 * 40))
+    for i in range(256):
+        scheduler.submit(request(f"r{i}", 1000 + i % 16, max_tokens=200, salt=bytes([i])), 0.0)
+    seconds: list[float] = []
+    while len(seconds) < 40:
+        began = perf_counter()
+        step = scheduler.plan(0.0)
+        took = perf_counter() - began
+        assert step is not None
+        if all(row.token_ids is None for row in step.rows):
+            assert len(step.rows) == 256
+            seconds.append(took)
+        scheduler.settle(StepResult(step.number, {row.slot: 5 for row in step.rows if row.samples}))
+    assert median(seconds) < 0.004
