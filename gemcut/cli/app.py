@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -80,9 +80,20 @@ def _usage_message(error: typer.TyperException) -> str:
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption":
         near = getattr(error, "possibilities", None)
-        remedy = f"Did you mean {' or '.join(sorted(near))}?" if near else "See --help."
-        message = f"There is no option {option}. {remedy} A question that begins with - goes after --."
+        remedy = f"Did you mean {' or '.join(near)}?" if near else "See --help."
+        message = f"There is no option {option}. {remedy}"
+        if getattr(getattr(error, "cmd", None), "name", None) == "run":
+            message += " A question that begins with - goes after --."
+    given = _given_value(error.__cause__)
+    if given is not None and repr(given) not in message:
+        message += f", got {given!r}"
     return message.removeprefix("Invalid value: ")
+
+
+def _given_value(cause: BaseException | None) -> object:
+    """What was typed, where typer's validation of a value failed: its texts leave that out."""
+    errors: Any = getattr(cause, "errors", None)
+    return errors()[0].get("input") if callable(errors) else None
 
 
 def _failed(error: Exception) -> int:

@@ -22,6 +22,8 @@ PYTHONS = (3, 11), (3, 13)
 # ISA extensions that decide how fast a CPU multiplies matrices
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 MIN_CAPABILITY = (8, 0)  # bfloat16 in hardware
+# drawn for this: a red circle on white
+SAMPLE = Path(__file__).parent / "sample.png"
 QUESTION, EXPECTED = "What color is the circle?", "red"
 
 
@@ -219,7 +221,7 @@ def _self_test() -> Iterator[Finding]:
         from gemcut.sampling import SamplingParams
 
         llm = LLM(max_num_seqs=1)
-        content = [{"type": "image", "image": _red_circle()}, {"type": "text", "text": QUESTION}]
+        content = [{"type": "image", "path": str(SAMPLE)}, {"type": "text", "text": QUESTION}]
         params = SamplingParams(temperature=0.0, max_tokens=16)
         output = llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)[0]
     except (GemcutError, ImportError, OSError, RuntimeError) as error:  # RuntimeError: whatever a GPU says
@@ -228,25 +230,12 @@ def _self_test() -> Iterator[Finding]:
         return
     text = output.outputs[0].text.strip()
     seconds = time.perf_counter() - began
-    value = f"{QUESTION!r} about a red circle: {text!r} in {seconds:.1f} s on {llm.used.device}"
+    value = f"{QUESTION!r} of a red circle: {text!r} in {seconds:.1f} s on {llm.used.device}"
     right = text.lower().rstrip(".") == EXPECTED
     remedy = (
         "" if right else f"{EXPECTED!r} was expected: something computes wrongly here. Please report this."
     )
     yield Finding("demo", "ok" if right else "fail", value, remedy)
-
-
-def _red_circle() -> bytes:
-    """The picture as a PNG file."""
-    import io
-
-    from PIL import Image, ImageDraw
-
-    picture = Image.new("RGB", (320, 240), "white")
-    ImageDraw.Draw(picture).ellipse((60, 20, 260, 220), fill=(220, 30, 30))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 def _read(path: str) -> str:
