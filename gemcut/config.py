@@ -21,7 +21,10 @@ class EngineConfig:
     kv_bytes: memory of the KV cache; None takes `gpu_memory_utilization` of the GPU's memory less what
     is in use, or 1 GiB on a CPU. max_num_batched_tokens: tokens of a step. max_num_seqs: sequences that
     run at once. max_model_len: None for the model's context, or less if the KV cache cannot hold it.
-    image_tokens: budget of a picture when a request names none; None for the checkpoint's.
+    deterministic: tokens and logprobs of a request are bit-equal whatever else runs, however its prompt is
+    chunked, cached or recomputed; slower. Without it products of other shapes may round otherwise, and
+    near-ties fall otherwise. image_tokens: budget of a picture when a request names none; None for the
+    checkpoint's.
     """
 
     model: str | None = None
@@ -36,6 +39,7 @@ class EngineConfig:
     max_model_len: int | None = None
     page_size: int = 16
     enable_prefix_caching: bool = True
+    deterministic: bool = False
     image_tokens: int | None = None
     seed: int | None = None
     allow_unknown_config: bool = False

@@ -21,7 +21,7 @@ from gemcut.engine.limits import Limits
 from gemcut.engine.loop import Engine, Job, Update
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
 from gemcut.errors import GemcutError, InvalidRequest, Overloaded
-from gemcut.outputs import Delta, RequestOutput
+from gemcut.outputs import Delta, RequestOutput, Stats
 from gemcut.runner.start import Used, largest_block, start
 from gemcut.sampling import SamplingParams
 
@@ -76,6 +76,10 @@ class LLM:
         self.files = open_files(self.config) if files is None else files
         self._engine, self.used = start_engine(self.config, self.files)
         self._numbers = itertools.count()
+
+    def stats(self) -> Stats:
+        """The engine's counters: steps, preemptions, prefix-cache hits, pages."""
+        return self._engine.stats()
 
     def generate(
         self,

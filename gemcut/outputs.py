@@ -30,7 +30,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds. first_token_s and total_s count from arrival; tokens_per_s is the pace after the first token."""
+    """Seconds. first_token_s and total_s count from arrival; tokens_per_s is the pace after the first."""
 
     first_token_s: float
     total_s: float
@@ -39,7 +39,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer. token_ids: as sampled, the one that ended it included. error: with finish_reason "error"."""
+    """One answer. token_ids: as sampled, the one that ended it included. error: why, if that is the finish."""
 
     index: int
     text: str
@@ -80,3 +80,25 @@ class Delta:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = field(default=())
     finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """An engine's counters since its start, and what it holds now. Pages are given as (free, cached, used).
+
+    prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and those found.
+    encoder_tokens: soft tokens held by sequences, and cached in all. encoder_hits, encoder_misses: media
+    that were there encoded, and those that had to be.
+    """
+
+    running: int
+    waiting: int
+    steps: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    full_pages: tuple[int, int, int]
+    sliding_pages: tuple[int, int, int]
+    encoder_tokens: tuple[int, int]
+    encoder_hits: int
+    encoder_misses: int

@@ -16,11 +16,12 @@ from gemcut.data import Step, StepResult, TokenLogprobs
 from gemcut.engine.answer import Answer
 from gemcut.engine.limits import Limits
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
+from gemcut.engine.pages import PagePool
 from gemcut.engine.protocol import Runner
 from gemcut.engine.scheduler import Scheduler
 from gemcut.engine.sequence import End, Progress, Request
 from gemcut.errors import InvalidRequest
-from gemcut.outputs import Delta, FinishReason, RequestOutput, Timings, Usage
+from gemcut.outputs import Delta, FinishReason, RequestOutput, Stats, Timings, Usage
 from gemcut.sampling import SamplingParams, SlotSampling
 
 REASONS: Mapping[End, FinishReason] = {
@@ -87,6 +88,7 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self._groups: dict[str, _Group] = {}
         self._in_flight: deque[Step] = deque()
+        self._num_steps = 0
         self._slots: dict[int, str] = {}  # slot -> sequence seated there by the steps launched so far
 
     def add(self, job: Job) -> None:
@@ -157,12 +159,34 @@ class Engine:
         """Nothing runs, waits or is in flight."""
         return not self._groups and not self._in_flight
 
+    def stats(self) -> Stats:
+        """Counters and holdings as of now."""
+        scheduler, memory = self.scheduler, self.scheduler.memory
+
+        def pages(pool: PagePool | None) -> tuple[int, int, int]:
+            return (0, 0, 0) if pool is None else (pool.num_free, pool.num_cached, pool.num_used)
+
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            steps=self._num_steps,
+            preemptions=scheduler.num_preemptions,
+            prefix_queries=scheduler.num_prefix_queries,
+            prefix_hits=scheduler.num_prefix_hits,
+            full_pages=pages(memory.full),
+            sliding_pages=pages(memory.sliding),
+            encoder_tokens=(memory.encoder.num_held, memory.encoder.num_tokens),
+            encoder_hits=memory.encoder.num_hits,
+            encoder_misses=memory.encoder.num_misses,
+        )
+
     def step(self) -> list[Update]:
         """Launch the next step, settle the oldest that is due, and return the news."""
         step = self.scheduler.plan(time.monotonic())
         if step is not None:
             self.runner.launch(step)
             self._in_flight.append(step)
+            self._num_steps += 1
         due = len(self._in_flight) - (1 if self.ahead and step is not None else 0)
         updates: list[Update] = []
         for _ in range(due):

@@ -57,7 +57,7 @@ def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str
     began = time.perf_counter()
     device, reason = choose_device(config.device)
     dtype, dtype_name = choose_dtype(config.dtype, stored_dtype, device)
-    backend = Backend("torch")
+    backend = Backend("torch", deterministic=config.deterministic)
     with torch.device("meta"):
         model = Gemma4(plan, backend)
     loaded = load(model, plan, folder, device=device, dtype=dtype)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from gemcut.llm import LLM
 from gemcut.outputs import RequestOutput
+from gemcut.plan import kv_bytes
 from gemcut.sampling import SamplingParams
 
 COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"]
@@ -47,9 +47,9 @@ REQUESTS = [
     conversation(picture(6, (900, 120)), "What colour is it? " * 5, picture(1, (480, 288)), "And this?"),
 ]
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=1.5, top_p=0.95, max_tokens=24, ignore_eos=True, logprobs=1, seed=7),
-    SamplingParams(temperature=0.8, top_k=20, max_tokens=9, logprobs=0, seed=8),
+    SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=1.5, top_p=0.95, max_tokens=8, ignore_eos=True, logprobs=1, seed=7),
+    SamplingParams(temperature=0.8, top_k=20, max_tokens=6, logprobs=0, seed=8),
 ]
 
 
@@ -91,9 +91,7 @@ def test_any_batch_gives_the_solo_answer(seed: int) -> None:
     for _ in range(10):
         llm = engine(r.choice([96, 150, 512]), r.random() < 0.5)
         chosen = [(r.randrange(len(REQUESTS)), r.randrange(len(PARAMS))) for _ in range(r.randint(2, 8))]
-        outputs = llm.chat(
-            [REQUESTS[q] for q, _ in chosen], [PARAMS[p] for _, p in chosen], use_tqdm=False
-        )
+        outputs = llm.chat([REQUESTS[q] for q, _ in chosen], [PARAMS[p] for _, p in chosen], use_tqdm=False)
         for (q, p), output in zip(chosen, outputs, strict=True):
             assert bits(output) == solo(q, p), f"request {q} with parameters {p} in {chosen}"
 
@@ -107,12 +105,16 @@ def test_the_cache_was_at_work() -> None:
 
 
 def test_a_pool_of_a_tenth_preempts_and_changes_nothing() -> None:
-    # page of the demo: 16 positions x (4 sliding layers x 2 x 64 + 2 full layers x 2 x 64) values
-    demand = engine(512, True).scheduler_bytes(len(REQUESTS) * 3)
-    llm = engine(96, True, kv_bytes=demand // 10)
-    before = llm.stats().preemptions
-    jobs = [(q, p) for q in range(len(REQUESTS)) for p in range(len(PARAMS))]
+    jobs = [(q, p) for q in range(len(REQUESTS)) for p in range(len(PARAMS))] * 2
+    plan = engine(512, False).files.plan.text
+    tokens = [len(engine(512, False).files.chat_prompt(REQUESTS[q]).prompt) + 8 for q, _ in jobs]
+    demand = sum(kv_bytes(plan, n, 4) for n in tokens)
+    llm = engine(96, False, demand // 10)
+    assert llm.stats().full_pages[0] * 16 < sum(tokens) // 6
     outputs = llm.chat([REQUESTS[q] for q, _ in jobs], [PARAMS[p] for _, p in jobs], use_tqdm=False)
     for (q, p), output in zip(jobs, outputs, strict=True):
         assert bits(output) == solo(q, p)
-    assert llm.stats().preemptions > before
+    stats = llm.stats()
+    assert stats.preemptions > 0
+    assert stats.running == stats.waiting == 0
+    assert stats.full_pages[2] == stats.sliding_pages[2] == 0

@@ -9,6 +9,7 @@ shape, and tiles are reduced in ascending order.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 QUERY_TILE = 16  # positions
 KEY_TILE = 64  # positions
@@ -27,21 +28,19 @@ def attend(
     deterministic: bool,
 ) -> torch.Tensor:
     """The contract of `paged_attention`, whose arguments these are."""
-    out = torch.zeros_like(q)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
+    if deterministic:
+        return _attend_tiled(q, k_pages, v_pages, page_table, starts, lengths, spans, window)
+    out = torch.zeros_like(q)
     single = []  # decode rows
     for row, length in enumerate(lengths):
         start, stop = starts[row], starts[row + 1]
         if start == stop:
             continue
-        block = None if spans is None else spans[start:stop]
-        if deterministic:
-            out[start:stop] = _attend_tiled(
-                q[start:stop], k_pages, v_pages, page_table[row], length, block, window
-            )
-        elif stop - start == 1:
+        if stop - start == 1:
             single.append(row)
         else:
+            block = None if spans is None else spans[start:stop]
             out[start:stop] = _attend_row(
                 q[start:stop], k_pages, v_pages, page_table[row], length, block, window
             )
@@ -115,66 +114,89 @@ def _attend_tiled(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    pages: torch.Tensor,
-    length: int,
+    page_table: torch.Tensor,
+    starts: list[int],
+    lengths: list[int],
     spans: torch.Tensor | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One row in tiles of [QUERY_TILE x KEY_TILE] absolute positions, key tiles in ascending order.
+    """All rows, in tiles of [QUERY_TILE x KEY_TILE] absolute positions; each query tile walks its key
+    tiles in ascending order.
 
-    A tile in which a query sees nothing leaves its running maximum, sum and output as they are, bit for
-    bit, so which other queries share the tile does not matter.
+    A key tile in which a query sees nothing leaves its running maximum, sum and output as they are, bit
+    for bit. So neither the other queries of its tile nor the walks of other tiles matter to it.
     """
-    count, q_heads, head = q.shape
+    device, head = q.device, q.shape[2]
     page_size, kv_heads = k_pages.shape[1:3]
-    group, device = q_heads // kv_heads, q.device
-    start = length - count
-    base, tiles = start // QUERY_TILE * QUERY_TILE, -(-length // QUERY_TILE) - start // QUERY_TILE
-    # queries at their place in their tile; the other places stay zero and see nothing
-    placed = torch.zeros(tiles * QUERY_TILE, q_heads, head, device=device)
-    placed[start - base : start - base + count] = q.float()
-    p = torch.arange(base, base + tiles * QUERY_TILE, device=device)
-    absent = (p < start) | (p >= length)
+    group = q.shape[1] // kv_heads
+    # query tiles of all rows: (row, first position), and each token's tile and place in it
+    tiles, tile_of, place = [], [], []
+    for row, length in enumerate(lengths):
+        count = starts[row + 1] - starts[row]
+        for position in range(length - count, length):
+            if position == length - count or position % QUERY_TILE == 0:
+                tiles.append((row, position // QUERY_TILE * QUERY_TILE))
+            tile_of.append(len(tiles) - 1)
+            place.append(position % QUERY_TILE)
+    if not tiles:
+        return torch.zeros_like(q)
+    tile_of, place = torch.tensor(tile_of, device=device), torch.tensor(place, device=device)
+    rows, bases = torch.tensor(tiles, device=device).unbind(dim=1)
+    length = torch.tensor(lengths, device=device)[rows][:, None]
+    count = (torch.tensor(starts[1:], device=device) - torch.tensor(starts[:-1], device=device))[rows][
+        :, None
+    ]
+    p = bases[:, None] + torch.arange(QUERY_TILE, device=device)  # [E, QUERY_TILE]
+    absent = (p < length - count) | (p >= length)
+    placed = torch.zeros(len(tiles), QUERY_TILE, kv_heads, group, head, device=device)
+    placed[tile_of, place] = q[: len(place)].float().view(-1, kv_heads, group, head)
+    grouped = placed.transpose(1, 2).reshape(-1, QUERY_TILE * group, head)  # [E * Hk, ...]
     bounds = None
     if spans is not None:
-        bounds = torch.zeros(tiles * QUERY_TILE, 2, dtype=spans.dtype, device=device)
-        bounds[start - base : start - base + count] = spans
-    grouped = placed.view(tiles, QUERY_TILE, kv_heads, group, head).permute(0, 2, 1, 3, 4)
-    grouped = grouped.reshape(tiles * kv_heads, QUERY_TILE * group, head)
-    highest = torch.full((tiles, kv_heads, QUERY_TILE * group, 1), NEVER, device=device)
+        bounds = torch.zeros(len(tiles), QUERY_TILE, 2, dtype=spans.dtype, device=device)
+        bounds[tile_of, place] = spans[: len(place)]
+    lowest = torch.zeros_like(length) if window is None else (length - count - window + 1).clamp(min=0)
+    if window is not None:  # a tile begins its walk at its own window
+        lowest = torch.maximum(lowest, bases[:, None] - window + 1)
+    first_tile = lowest // KEY_TILE
+    highest = torch.full((len(tiles), kv_heads, QUERY_TILE * group, 1), NEVER, device=device)
     total = torch.zeros_like(highest)
-    out = torch.zeros(tiles, kv_heads, QUERY_TILE * group, head, device=device)
-    first = 0 if window is None else max(0, start - window + 1)
-    for at in range(first // KEY_TILE * KEY_TILE, length, KEY_TILE):
-        k = torch.arange(at, at + KEY_TILE, device=device)
-        unwritten = (k < first) | (k >= length)
-        page = pages[(k // page_size).clamp(max=pages.shape[0] - 1)].clamp(min=0)
-        keys = k_pages[page, k % page_size].float().masked_fill(unwritten[:, None, None], 0.0)
-        values = v_pages[page, k % page_size].float().masked_fill(unwritten[:, None, None], 0.0)
-        seen = _seen(p, k, bounds, window) & ~absent[:, None] & ~unwritten
-        hidden = ~seen.view(tiles, 1, QUERY_TILE, 1, KEY_TILE).expand(-1, -1, -1, group, -1).flatten(2, 3)
-        many = (tiles, -1, -1, -1)
-        scores = torch.bmm(grouped, keys.permute(1, 2, 0).expand(many).reshape(-1, head, KEY_TILE))
-        scores = scores.view(tiles, kv_heads, -1, KEY_TILE).masked_fill(hidden, NEVER)
+    out = torch.zeros(len(tiles), kv_heads, QUERY_TILE * group, head, device=device)
+    table = page_table[rows]
+    walks = int(((length - 1) // KEY_TILE - first_tile).max()) + 1
+    for step in range(walks):
+        k = (first_tile + step) * KEY_TILE + torch.arange(KEY_TILE, device=device)  # [E, KEY_TILE]
+        unread = (k < lowest) | (k >= length)
+        page = table.gather(1, (k // page_size).clamp(max=table.shape[1] - 1)).clamp(min=0)
+        keys, values = (
+            pages[page, k % page_size].float().masked_fill(unread[:, :, None, None], 0.0)
+            for pages in (k_pages, v_pages)
+        )  # [E, KEY_TILE, Hk, D]
+        seen = _seen(p, k[:, None], bounds, window) & ~absent[:, :, None] & ~unread[:, None]
+        hidden = ~seen[:, None, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)
+        scores = torch.bmm(grouped, keys.permute(0, 2, 3, 1).reshape(-1, head, KEY_TILE))
+        scores = scores.view(len(tiles), kv_heads, -1, KEY_TILE).masked_fill(hidden, NEVER)
         risen = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
         shift = risen.masked_fill(risen == NEVER, 0.0)  # nothing seen so far: all weights are zero
         weights = (scores - shift).exp()
         fade = (highest - shift).exp()
         total = total * fade + weights.sum(dim=-1, keepdim=True)
-        added = torch.bmm(
-            weights.flatten(0, 1), values.transpose(0, 1).expand(many).reshape(-1, KEY_TILE, head)
-        )
+        added = torch.bmm(weights.flatten(0, 1), values.transpose(1, 2).reshape(-1, KEY_TILE, head))
         out = out * fade + added.view_as(out)
         highest = risen
-    out = (out / total).view(tiles, kv_heads, QUERY_TILE, group, head).permute(0, 2, 1, 3, 4)
-    return out.reshape(-1, q_heads, head)[start - base :][:count].to(q.dtype)
+    out = (out / total).view(len(tiles), kv_heads, QUERY_TILE, group, head).transpose(1, 2).to(q.dtype)
+    return functional.pad(out[tile_of, place].flatten(1, 2), (0, 0, 0, 0, 0, q.shape[0] - len(place)))
 
 
 def _seen(p: torch.Tensor, k: torch.Tensor, spans: torch.Tensor | None, window: int | None) -> torch.Tensor:
-    """bool [queries, keys]: (causal or same block) and window (spec 3). p, k: positions."""
-    seen = k <= p[:, None]
+    """bool [..., queries, keys]: (causal or same block) and window (spec 3).
+
+    p: [..., queries] positions. k: [..., 1, keys] positions. spans: [..., queries, 2].
+    """
+    p = p[..., None]
+    seen = k <= p
     if spans is not None:
-        seen = seen | ((k >= spans[:, :1]) & (k < spans[:, 1:]))
+        seen = seen | ((k >= spans[..., :1]) & (k < spans[..., 1:]))
     if window is not None:
-        seen = seen & (k > p[:, None] - window)
+        seen = seen & (k > p - window)
     return seen
