@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,6 @@ def _summary(times: Sequence[float]) -> Times:
 
 def record(results: Sequence[Result], ceilings: Ceilings, command: str, folder: Path) -> Path:
     """Write bench/records/<gpu>/kernels.json: the latest run only, with what is needed to repeat it."""
-    import triton
-
     name = torch.cuda.get_device_name()
     path = folder / name.lower().replace(" ", "-") / "kernels.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +156,7 @@ def record(results: Sequence[Result], ceilings: Ceilings, command: str, folder: 
     entry = {
         "gpu": name,
         "commit": commit.stdout.strip() or None,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "versions": {"torch": torch.__version__, "triton": version("triton")},
         "command": command,
         "ceilings": asdict(ceilings),
         "results": [asdict(result) for result in results],

@@ -1,4 +1,4 @@
-"""The released sizes without their weights: every parameter of the plan is there, once, and has its tensor."""
+"""The released sizes without weights: each parameter of the plan is there, once, and has its tensor."""
 
 from __future__ import annotations
 
