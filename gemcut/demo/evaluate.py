@@ -1,0 +1,267 @@
+"""Measure the demo: greedy answers about held-out pictures, exact or wrong, per kind.
+
+    python -m gemcut.demo.evaluate --pictures 2000 --out accuracy.json
+
+The pictures are drawn with PIL in their own sizes, with fonts, words, numbers and combinations that the training
+never saw, and go through whatever ``answer`` does with pictures: ``evaluate`` takes any engine.
+"""
+
+import argparse
+import collections
+import io
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from gemcut.demo import CHECKPOINT, fonts, render_pil
+from gemcut.demo.questions import QA, ask_shapes, ask_sign, ask_text, ask_two, describe_all
+from gemcut.demo.scenes import Canvas, Scene, SignScene, sample_shapes, sample_sign, sample_size
+
+SMALLEST = 34.0  # least font size of a sign in px, as the model sees it: letters about 22 px wide
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about zero, one or two pictures.
+
+    ``order`` is the index of the picture that the question comes before: 0 in front of all, len(pictures) after all.
+    ``history`` holds earlier turns (question, answer); the pictures belong to the first turn. ``thinking`` asks for
+    thoughts, whose right text is ``thought``.
+    """
+
+    qa: QA
+    pictures: tuple[Image.Image, ...]
+    order: int
+    history: tuple[tuple[str, str], ...] = ()
+    thinking: bool = False
+    thought: str = ""
+    sizes: tuple[tuple[int, int], ...] = ()  # height, width
+    layout: str = ""
+
+
+Answer = Callable[[Item], str]
+
+
+def _picture(rng: random.Random, scene: Scene, size: tuple[int, int]) -> Image.Image:
+    picture = render_pil.draw(scene, *size, seed=rng.getrandbits(32))
+    if rng.random() < 0.25:
+        packed = io.BytesIO()
+        picture.save(packed, "JPEG", quality=rng.randint(75, 95))
+        picture = Image.open(packed).convert("RGB")
+    return picture
+
+
+def held_out_items(seed: int, pictures: int, font_folder: str | None = None) -> Iterator[Item]:
+    """Items about so many held-out pictures, one to three a picture; deterministic by seed.
+
+    Half of the pictures are signs, every tenth pair of a text question and a pair of pictures joins them. A third of
+    the items are later turns of a chat, one in twenty is asked with thinking on.
+    """
+    rng = random.Random(seed)
+    faces = fonts.faces(True, font_folder)
+    drawn = 0
+    while drawn < pictures:
+        sort = rng.choices(["sign", "shapes", "pair", "text"], [42, 32, 16, 10])[0]
+        if sort == "text":
+            yield Item(ask_text(rng, unseen=True), (), 0)
+            continue
+        sizes = tuple(sample_size(rng) for _ in range(2 if sort == "pair" else 1))
+        canvases = [Canvas.of(*size) for size in sizes]
+        scenes: list[Scene]
+        if sort == "sign":
+            sign = sample_sign(rng, canvases[0], faces, SMALLEST, unseen=True)
+            scenes, asked = [sign], ask_sign(rng, sign)
+            asked = [asked[0], *rng.sample(asked[1:], 1)]
+        elif sort == "shapes":
+            shapes = sample_shapes(rng, canvases[0], unseen=True)
+            scenes, asked = [shapes], ask_shapes(rng, shapes)
+            asked = rng.sample(asked, min(3, len(asked)))
+        else:
+            most = rng.choice([1, 1, 3, 5, 8])
+            first, second = (sample_shapes(rng, canvas, most, unseen=True) for canvas in canvases)
+            scenes, asked = [first, second], ask_two(rng, first, second)
+            asked = rng.sample(asked, min(2, len(asked)))
+        images = tuple(_picture(rng, scene, size) for scene, size in zip(scenes, sizes, strict=True))
+        drawn += len(images)
+        layout = "+".join(canvas.layout for canvas in canvases)
+        sayable = not any(isinstance(scene, SignScene) and scene.plate is None for scene in scenes)
+        history: tuple[tuple[str, str], ...] = ()
+        for qa in asked:
+            order = rng.randrange(len(images) + 1)
+            thinking = sayable and rng.random() < 0.05
+            thought = describe_all(scenes) if thinking else ""
+            yield Item(qa, images, order, history, thinking, thought, sizes, layout)
+            history = (*history, (qa.question, qa.answer)) if rng.random() < 0.5 else ()
+
+
+def chat_text(item: Item, soft_tokens: list[int], empty_thought: bool) -> str:
+    """The item's prompt in Gemma 4's chat format, soft tokens written out."""
+    placeholders = [f"<|image>{'<|image|>' * count}<image|>" for count in soft_tokens]
+    text = "<bos>" + ("<|turn>system\n<|think|>\n<turn|>\n" if item.thinking else "")
+    for index, question in enumerate([question for question, _ in item.history] + [item.qa.question]):
+        parts = [*placeholders[: item.order], question, *placeholders[item.order :]] if index == 0 else [question]
+        text += f"<|turn>user\n{''.join(parts)}<turn|>\n<|turn>model\n"
+        if index < len(item.history):
+            text += f"{item.history[index][1]}<turn|>\n"
+    return text + ("<|channel>thought\n<channel|>" if empty_thought and not item.thinking else "")
+
+
+@dataclass
+class Outcome:
+    """What was asked, expected and answered."""
+
+    kind: str
+    question: str
+    expected: str
+    got: str
+    right: bool
+    seconds: float
+    order: str
+    turn: int
+    sizes: list[list[int]]
+    layout: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(answer: Answer, items: Iterable[Item], report: Callable[[Outcome], None] | None = None) -> list[Outcome]:
+    """Ask every item; ``answer`` returns the whole greedy text of the model's turn, thoughts and all, without its end."""
+    outcomes = []
+    for item in items:
+        began = time.perf_counter()
+        got = answer(item)
+        expected = item.qa.answer
+        kind = item.qa.kind
+        if item.thinking:
+            expected = f"<|channel>thought\n{item.thought}\n<channel|>{expected}"
+            kind = "thought"
+        order = "none" if not item.pictures else "before" if item.order == 0 else "between" if item.order < len(item.pictures) else "after"  # fmt: skip
+        outcome = Outcome(
+            kind, item.qa.question, expected, got, got == expected, time.perf_counter() - began, order,
+            len(item.history) + 1, [list(size) for size in item.sizes], item.layout,
+        )  # fmt: skip
+        outcomes.append(outcome)
+        if report:
+            report(outcome)
+    return outcomes
+
+
+def table(outcomes: list[Outcome], key: Callable[[Outcome], str] = lambda outcome: outcome.kind) -> dict[str, list[int]]:
+    """Right and asked, by kind or another key, and in all."""
+    counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for outcome in outcomes:
+        for name in (key(outcome), "all"):
+            counts[name][0] += outcome.right
+            counts[name][1] += 1
+    return {name: counts[name] for name in sorted(counts, key=lambda name: (name == "all", name))}
+
+
+class TransformersEngine:
+    """Greedy answers of transformers' Gemma 4 on the CPU, with the smallest margin of each answer's tokens."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import torch
+        import transformers
+        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+        self.torch, self.count = torch, 0
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.processor = Gemma4ImageProcessorPil.from_pretrained(folder)
+        self.model = transformers.Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model.eval()
+        self.margin = 0.0
+
+    def __call__(self, item: Item) -> str:
+        torch = self.torch
+        features = [self.processor([picture], return_tensors="pt") for picture in item.pictures]
+        soft = [int(part["num_soft_tokens_per_image"][0]) for part in features]
+        self.count += 1
+        text = chat_text(item, soft, empty_thought=self.count % 2 == 0)
+        ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        image_id = self.model.config.image_token_id
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == image_id).long(),
+        }
+        if features:
+            inputs["pixel_values"] = torch.cat([part["pixel_values"] for part in features]).to(self.model.dtype)
+            inputs["image_position_ids"] = torch.cat([part["image_position_ids"] for part in features])
+        with torch.no_grad():
+            result = self.model.generate(
+                **inputs, do_sample=False, max_new_tokens=160, output_logits=True, return_dict_in_generate=True
+            )
+        best = torch.stack(result.logits)[:, 0].float().topk(2).values
+        self.margin = float((best[:, 0] - best[:, 1]).min())
+        answer = self.tokenizer.decode(result.sequences[0, ids.shape[1] :], skip_special_tokens=False)
+        return answer.removesuffix("<turn|>")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--engine", choices=["transformers"], default="transformers")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="the first is the one that the others are compared to")
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=20261124)
+    parser.add_argument("--fonts", default=None, help="a folder of fonts instead of the installed packages")
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    dtypes = arguments.dtypes.split(",")
+    engines = [TransformersEngine(arguments.checkpoint, dtype) for dtype in dtypes]
+    texts: list[list[str]] = []
+    margins: list[float] = []
+
+    def ask_all(item: Item) -> str:
+        texts.append([engine(item) for engine in engines])
+        margins.append(engines[0].margin)
+        return texts[-1][0]
+
+    def report(outcome: Outcome) -> None:
+        outcome.extra = {"margin": round(margins[-1], 3)} | dict(zip(dtypes[1:], texts[-1][1:], strict=True))
+        if not outcome.right or len(set(texts[-1])) > 1:
+            print(json.dumps(asdict(outcome)), flush=True)
+
+    outcomes = evaluate(ask_all, held_out_items(arguments.seed, arguments.pictures, arguments.fonts), report)
+    right = sorted(margin for margin, outcome in zip(margins, outcomes, strict=True) if outcome.right)
+    record = {
+        "command": f"python -m gemcut.demo.evaluate --pictures {arguments.pictures} --seed {arguments.seed}",
+        "engine": arguments.engine,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "seed": arguments.seed,
+        "pictures": arguments.pictures,
+        "questions": len(outcomes),
+        "dtypes": dtypes,
+        "right_and_asked": table(outcomes),
+        "right_and_asked_by_order": table(outcomes, lambda outcome: outcome.order),
+        "right_and_asked_by_turn": table(outcomes, lambda outcome: str(outcome.turn)),
+        "right_and_asked_by_layout": table(outcomes, lambda outcome: outcome.layout or "text"),
+        "differing_from_first_dtype": {
+            dtype: sum(answers[index] != answers[0] for answers in texts) for index, dtype in enumerate(dtypes) if index
+        },
+        "right_by_dtype": {
+            dtype: sum(answers[index] == outcome.expected for answers, outcome in zip(texts, outcomes, strict=True))
+            for index, dtype in enumerate(dtypes)
+        },
+        "margin_percentiles_of_right_answers": {
+            str(share): round(right[min(len(right) - 1, int(share / 100 * len(right)))], 3) for share in (0, 0.1, 1, 5, 50)
+        },
+        "wrong": [asdict(outcome) for outcome in outcomes if not outcome.right],
+    }
+    print(json.dumps({name: value for name, value in record.items() if name != "wrong"}, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
