@@ -46,6 +46,12 @@ def prepare_qkv(
             f"prepare_qkv: qkv must have {q_width + kv_width} columns (k_eq_v) or {q_width + 2 * kv_width}, "
             f"got {qkv.shape[1]}"
         )
+    if backend.kernels == "triton":
+        from gemcut.kernels.prepare_qkv import triton as implementation
+
+        return implementation.prepare_qkv(
+            qkv, q_norm, k_norm, rope, slots, k_pages, v_pages, q_heads=q_heads, eps=eps, backend=backend
+        )
     q = qkv[:, :q_width].view(count, q_heads, head)
     k = qkv[:, q_width : q_width + kv_width].view(count, kv_heads, head)
     v = k if qkv.shape[1] == q_width + kv_width else qkv[:, q_width + kv_width :].view(count, kv_heads, head)

@@ -14,6 +14,10 @@ from gemcut.kernels.rope.op import rotate
 def scale_patches(pixels: torch.Tensor, dtype: torch.dtype, *, backend: Backend) -> torch.Tensor:
     """2 (px - 0.5) in fp32, then cast. pixels: [N, 768] uint8. Returns [N, 768]."""
     check("scale_patches", "pixels", pixels, (None, None), torch.uint8, pixels.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.tower import triton as implementation
+
+        return implementation.scale_patches(pixels, dtype, backend=backend)
     values = torch.from_numpy(pixel_values()).to(pixels.device)
     return (2 * (values - 0.5)).to(dtype)[pixels.int()]
 
@@ -36,6 +40,10 @@ def add_positions(
     check("add_positions", "table", table, (2, None, x.shape[1]), x.dtype, x.device)
     check("add_positions", "positions", positions, (x.shape[0], 2), INTS, x.device)
     check("add_positions", "next_weight", next_weight, x.shape[1:], x.dtype, x.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.tower import triton as implementation
+
+        return implementation.add_positions(x, table, positions, next_weight, eps=eps, backend=backend)
     x = x + (table[0][positions[:, 0]] + table[1][positions[:, 1]])
     return x, rms_norm(x, next_weight, eps)
 
@@ -61,6 +69,10 @@ def prepare_tower_qkv(
     check("prepare_tower_qkv", "k_norm", k_norm, (head,), qkv.dtype, qkv.device)
     for name, table in (("x_rope", x_rope), ("y_rope", y_rope)):
         check("prepare_tower_qkv", name, table, (2, count, head // 4), qkv.dtype, qkv.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.tower import triton as implementation
+
+        return implementation.prepare_tower_qkv(qkv, q_norm, k_norm, x_rope, y_rope, eps=eps, backend=backend)
     q, k, v = qkv.view(count, 3, -1, head).unbind(dim=1)
 
     def turn(part: torch.Tensor) -> torch.Tensor:
@@ -87,9 +99,14 @@ def pool_patches(
     """
     check_activation("pool_patches", "x", x, 2)
     check("pool_patches", "cells", cells, (None, 9), INTS, x.device)
-    pooled = (x[cells].float() / 9).sum(dim=1).to(x.dtype).float() * x.shape[1] ** 0.5
     if std_bias is not None and std_scale is not None:
         check("pool_patches", "std_bias", std_bias, x.shape[1:], x.dtype, x.device)
         check("pool_patches", "std_scale", std_scale, x.shape[1:], x.dtype, x.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.tower import triton as implementation
+
+        return implementation.pool_patches(x, cells, std_bias, std_scale, eps=eps, backend=backend)
+    pooled = (x[cells].float() / 9).sum(dim=1).to(x.dtype).float() * x.shape[1] ** 0.5
+    if std_bias is not None and std_scale is not None:
         pooled = (pooled - std_bias.float()) * std_scale.float()
     return rms_norm(pooled.to(x.dtype), None, eps)
