@@ -44,6 +44,20 @@ def paged_attention(
         check("paged_attention", "spans", spans, (count, 2), torch.int32, q.device)
     if q_heads % k_pages.shape[2]:
         raise ValueError(f"paged_attention: {q_heads} query heads cannot share {k_pages.shape[2]} KV heads")
+    if backend.kernels == "triton":
+        from gemcut.kernels.attention import triton as implementation
+
+        return implementation.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            page_table,
+            query_start,
+            seq_lens,
+            spans,
+            window=window,
+            backend=backend,
+        )
     return attend(
         q,
         k_pages,

@@ -23,6 +23,13 @@ def grouped_glu(
     """
     check_activation("grouped_glu", "h", h, 2)
     check("grouped_glu", "gate_up", gate_up, (None, None, h.shape[1]), h.dtype, h.device)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"grouped_glu: gate_up must have an even number of rows, got {gate_up.shape[1]}")
+    _check_routing("grouped_glu", routing, h.shape[0], gate_up.shape[0], h.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.experts import triton as implementation
+
+        return implementation.grouped_glu(h, gate_up, routing, backend=backend)
     top_k = routing.experts.shape[1]
     out = h.new_empty(routing.order.shape[0], gate_up.shape[1] // 2)
     for expert, start, stop in _groups(routing):
@@ -41,10 +48,24 @@ def grouped_linear(
     """
     check_activation("grouped_linear", "m", m, 2)
     check("grouped_linear", "down", down, (None, None, m.shape[1]), m.dtype, m.device)
+    _check_routing("grouped_linear", routing, None, down.shape[0], m.device)
+    check("grouped_linear", "m", m, (routing.order.shape[0], None), m.dtype, m.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.experts import triton as implementation
+
+        return implementation.grouped_linear(m, down, routing, backend=backend)
     out = m.new_empty(m.shape[0], down.shape[1])
     for expert, start, stop in _groups(routing):
         out[routing.order[start:stop]] = product(m[start:stop], down[expert], backend.deterministic)
     return out.view(*routing.experts.shape, -1)
+
+
+def _check_routing(
+    operation: str, routing: Routing, tokens: int | None, experts: int, device: torch.device
+) -> None:
+    check(operation, "routing.experts", routing.experts, (tokens, None), torch.int64, device)
+    check(operation, "routing.order", routing.order, (routing.experts.numel(),), torch.int64, device)
+    check(operation, "routing.offsets", routing.offsets, (experts + 1,), torch.int64, device)
 
 
 def _groups(routing: Routing) -> list[tuple[int, int, int]]:

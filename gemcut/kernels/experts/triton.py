@@ -1,0 +1,252 @@
+"""Grouped products on a GPU. Tiles find their expert on the device: nothing here waits for it.
+
+The first product gathers its rows and has GeGLU in its epilogue, the second scatters its rows back to
+(token, slot). With few rows an expert a tile is a thin strip of weights, each read once, and what counts
+is how many bytes are under way; with many it is a matrix product like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from gemcut.kernels.backend import Backend
+from gemcut.kernels.ragged import count_tiles, find_tile
+from gemcut.kernels.router.op import Routing
+from gemcut.kernels.tuned import tuned
+
+# rows an expert has on average, up to which a row of the tables serves
+LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """block_m: rows a program. block_n: weight rows a program, gate and up together. block_k: a step.
+    thin: what is left of an expert's rows takes a tile of half the height where that is enough."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    thin: bool = False
+
+
+def grouped_glu(
+    h: torch.Tensor, gate_up: torch.Tensor, routing: Routing, *, backend: Backend
+) -> torch.Tensor:
+    """See op.py. One rounding with fused numerics, three with the reference's."""
+    width = gate_up.shape[1] // 2
+    out = h.new_empty(routing.order.shape[0], width)
+    config = find_config("glu", h, gate_up, routing, backend)
+    _launch(h, gate_up, out, routing, config, glu=True, fused=backend.numerics == "fused")
+    return out
+
+
+def grouped_linear(
+    m: torch.Tensor, down: torch.Tensor, routing: Routing, *, backend: Backend
+) -> torch.Tensor:
+    """See op.py."""
+    out = m.new_empty(m.shape[0], down.shape[1])
+    config = find_config("linear", m, down, routing, backend)
+    _launch(m, down, out, routing, config, glu=False, fused=False)
+    return out.view(*routing.experts.shape, -1)
+
+
+def find_config(
+    product: str, x: torch.Tensor, weight: torch.Tensor, routing: Routing, backend: Backend
+) -> Config:
+    experts, outputs, inputs = weight.shape
+    load = triton.cdiv(routing.order.shape[0], experts)
+    dtype = str(x.dtype).removeprefix("torch.")
+    key = f"{product} {outputs}x{inputs} {dtype}"
+    if backend.deterministic:
+        load_key = "deterministic"  # one tile shape for every batch, thin never
+    else:
+        load_key = f"rows<={next((limit for limit in LOADS if load <= limit), LOADS[-1])}"
+    fields = tuned(Path(__file__).parent, f"{key} {load_key}", x.device)
+    if fields is not None:
+        return Config(**fields)
+    if x.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
+        return Config(16, 32, 32, warps=4, stages=2)
+    if backend.deterministic:
+        return Config(64, 128, 64, warps=4, stages=3)
+    if load <= 8:
+        return Config(16, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
+    if load <= 32:
+        return Config(32, 64, 64, warps=4, stages=4)
+    if load <= 128:
+        return Config(64, 128, 64, warps=4, stages=3)
+    return Config(128, 256, 64, warps=8, stages=3, thin=True)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    routing: Routing,
+    config: Config,
+    *,
+    glu: bool,
+    fused: bool,
+) -> None:
+    pairs, top_k = routing.order.shape[0], routing.experts.shape[1]
+    experts, _, inputs = weight.shape
+    width = out.shape[1]
+    if pairs == 0:
+        return
+    # every expert that has rows may end in a tile that is not full; padding rows belong to none
+    tiles = min(pairs, triton.cdiv(pairs, config.block_m) + experts)
+    strip = config.block_n // 2 if glu else config.block_n
+    _grouped[(tiles * triton.cdiv(width, strip),)](
+        x,
+        weight,
+        out,
+        routing.order,
+        routing.offsets,
+        experts,
+        GLU=glu,
+        FUSED=fused,
+        WIDTH=width,
+        INPUTS=inputs,
+        TOP_K=top_k,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        THIN=config.thin,
+        NARROW=config.block_n >= 64 and 0 < width % strip <= strip // 2,
+        EXPERTS=triton.next_power_of_2(experts),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@triton.jit
+def _product(x_ptr, weight_ptr, rows, outputs, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[rows, outputs] fp32: these rows of x times these rows of one expert's weight."""
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + rows[:, None] * INPUTS + k[None, :]
+    weight_at = weight_ptr + outputs[None, :] * INPUTS + k[:, None]
+    acc = tl.zeros([rows.shape[0], outputs.shape[0]], tl.float32)
+    for start in tl.range(0, INPUTS, BLOCK_K):
+        if INPUTS % BLOCK_K == 0:
+            x = tl.load(x_at)
+            weight = tl.load(weight_at)
+        else:
+            x = tl.load(x_at, mask=(k < INPUTS - start)[None, :], other=0.0)
+            weight = tl.load(weight_at, mask=(k < INPUTS - start)[:, None], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr, FUSED: tl.constexpr):
+    if not FUSED:
+        x = x.to(dtype).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _tile(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    order_ptr,
+    first,
+    stop,
+    column,
+    GLU: tl.constexpr,
+    FUSED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows first .. stop of one expert, BLOCK_M at most, and the columns from `column` on.
+
+    Rows and columns behind the end repeat the last one and are not stored: the loop needs no masks.
+    """
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    place = first + tl.arange(0, BLOCK_M)
+    stored = (place < stop)[:, None]
+    place = tl.minimum(place, stop - 1).to(tl.int64)
+    pair = tl.load(order_ptr + place)
+    n = tl.arange(0, BLOCK_N)
+    if GLU:
+        # gate and up take turns, so that both of a column end in one thread's registers
+        outputs = n % 2 * WIDTH + tl.minimum(column + n // 2, WIDTH - 1)
+        acc = _product(x_ptr, weight_ptr, pair // TOP_K, outputs, INPUTS, BLOCK_K)
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+        gate = _round(gate, dtype, FUSED)
+        up = _round(up, dtype, FUSED)
+        # gelu_tanh(g) = g (1 + tanh z) / 2 = g sigmoid(2 z), which loses nothing where tanh z is near -1
+        z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        result = _round(gate / (1.0 + tl.exp(-2.0 * z)), dtype, FUSED) * up
+        columns = column + tl.arange(0, BLOCK_N // 2)
+        at = out_ptr + place[:, None] * WIDTH + columns[None, :]
+    else:
+        columns = column + n
+        result = _product(x_ptr, weight_ptr, place, tl.minimum(columns, WIDTH - 1), INPUTS, BLOCK_K)
+        at = out_ptr + pair[:, None] * WIDTH + columns[None, :]
+    tl.store(at, result.to(dtype), mask=stored & (columns < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["experts"])
+def _grouped(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    experts,
+    GLU: tl.constexpr,
+    FUSED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    THIN: tl.constexpr,
+    NARROW: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    STRIP: tl.constexpr = BLOCK_N // 2 if GLU else BLOCK_N
+    STRIPS: tl.constexpr = (WIDTH + STRIP - 1) // STRIP
+    # all strips of a tile run side by side, then the expert's next tile: its weights stay in L2
+    tile = tl.program_id(0) // STRIPS
+    strip = tl.program_id(0) % STRIPS
+    index = tl.arange(0, EXPERTS)
+    begins = tl.load(offsets_ptr + index, mask=index < experts, other=0).to(tl.int32)
+    ends = tl.load(offsets_ptr + index + 1, mask=index < experts, other=0).to(tl.int32)
+    if tile >= count_tiles(begins, ends, BLOCK_M):
+        return
+    expert, first, stop = find_tile(begins, ends, tile, BLOCK_M)
+    column = strip * STRIP
+    outputs: tl.constexpr = 2 * WIDTH if GLU else WIDTH
+    weight_at = weight_ptr + expert.to(tl.int64) * (outputs * INPUTS)
+    if THIN and stop - first <= BLOCK_M // 2:
+        # fmt: off
+        _tile(
+            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            GLU, FUSED, WIDTH, INPUTS, TOP_K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )
+    elif NARROW and strip == STRIPS - 1:
+        _tile(
+            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            GLU, FUSED, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+        )
+    else:
+        _tile(
+            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            GLU, FUSED, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )
+        # fmt: on
