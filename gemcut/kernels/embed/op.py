@@ -6,7 +6,7 @@ import torch
 
 from gemcut.kernels.add_norm.op import rms_norm
 from gemcut.kernels.backend import Backend
-from gemcut.kernels.check import INTS, check
+from gemcut.kernels.check import INTS, check, check_activation
 
 
 def embed(
@@ -25,13 +25,13 @@ def embed(
     soft: [S, H] soft tokens, not scaled (spec 4.3); soft_rows: [T] int, row of `soft` or -1. Both or none.
     next_weight: [H]. Returns (x [T, H], h [T, H]).
     """
-    check("embed", "weight", weight, (None, None), weight.dtype, token_ids.device)
+    check_activation("embed", "weight", weight, 2)
     check("embed", "token_ids", token_ids, (None,), INTS, weight.device)
     check("embed", "next_weight", next_weight, weight.shape[1:], weight.dtype, weight.device)
     hidden = weight.shape[1]
-    if soft is not None:
-        if soft_rows is None:
-            raise ValueError("embed: soft needs soft_rows, which says where the soft tokens go")
+    if (soft is None) != (soft_rows is None):
+        raise ValueError("embed: soft and soft_rows, its places, come both or not at all")
+    if soft is not None and soft_rows is not None:
         check("embed", "soft", soft, (None, hidden), weight.dtype, weight.device)
         check("embed", "soft_rows", soft_rows, token_ids.shape, INTS, weight.device)
     if backend.kernels == "triton":

@@ -36,14 +36,17 @@ def sample(
     warm = temperature > 0
     if not bool(warm.any()):
         return greedy
-    scaled = logits / torch.where(warm, temperature, 1.0)[:, None]
+    # the likeliest at 0: however low the temperature, it stays finite and the others fall behind it
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(warm, temperature, 1.0)[:, None]
     ranked, ids = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[1], device=device)
     ranked = ranked.masked_fill(rank >= top_k[:, None], float("-inf"))
     probabilities = ranked.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    # a token stays while the mass before it is below top_p, so the first one always stays
-    kept = (before < top_p[:, None]) & (probabilities >= min_p[:, None] * probabilities[:, :1])
+    # a token stays while the mass before it is below top_p, so the first one always stays; in fp32 the
+    # mass before a rare one may round to 1
+    within = (before < top_p[:, None]) | (top_p >= 1)[:, None]
+    kept = within & (probabilities >= min_p[:, None] * probabilities[:, :1])
     probabilities = torch.where(kept, probabilities, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
     drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
