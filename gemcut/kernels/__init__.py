@@ -6,7 +6,7 @@ checks at the door, dispatch, and the torch reference that is the parity mode an
 Nothing here knows layers, requests or checkpoints.
 """
 
-from gemcut.kernels.add_norm.op import add_norm, add_norm_moe, rms_norm
+from gemcut.kernels.add_norm.op import add_norm, add_norm_moe
 from gemcut.kernels.attention.op import paged_attention
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.close_layer.op import close_layer, close_layer_moe
@@ -45,7 +45,6 @@ __all__ = [
     "pool_patches",
     "prepare_qkv",
     "prepare_tower_qkv",
-    "rms_norm",
     "rope_table",
     "route_experts",
     "sample",

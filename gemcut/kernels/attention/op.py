@@ -34,12 +34,12 @@ def paged_attention(
     """
     check_activation("paged_attention", "q", q, 3)
     count, q_heads, head = q.shape
+    check("paged_attention", "seq_lens", seq_lens, (None,), torch.int32, q.device)
     rows = seq_lens.shape[0]
     check("paged_attention", "k_pages", k_pages, (None, None, None, head), q.dtype, q.device)
     check("paged_attention", "v_pages", v_pages, k_pages.shape, q.dtype, q.device)
     check("paged_attention", "page_table", page_table, (rows, None), torch.int32, q.device)
     check("paged_attention", "query_start", query_start, (rows + 1,), torch.int32, q.device)
-    check("paged_attention", "seq_lens", seq_lens, (rows,), torch.int32, q.device)
     if spans is not None:
         check("paged_attention", "spans", spans, (count, 2), torch.int32, q.device)
     if q_heads % k_pages.shape[2]:

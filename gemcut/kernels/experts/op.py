@@ -64,6 +64,7 @@ def _check_routing(
     operation: str, routing: Routing, tokens: int | None, experts: int, device: torch.device
 ) -> None:
     check(operation, "routing.experts", routing.experts, (tokens, None), torch.int64, device)
+    check(operation, "routing.weights", routing.weights, routing.experts.shape, torch.float32, device)
     check(operation, "routing.order", routing.order, (routing.experts.numel(),), torch.int64, device)
     check(operation, "routing.offsets", routing.offsets, (experts + 1,), torch.int64, device)
 

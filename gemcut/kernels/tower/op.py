@@ -69,6 +69,10 @@ def prepare_tower_qkv(
     check("prepare_tower_qkv", "k_norm", k_norm, (head,), qkv.dtype, qkv.device)
     for name, table in (("x_rope", x_rope), ("y_rope", y_rope)):
         check("prepare_tower_qkv", name, table, (2, count, head // 4), qkv.dtype, qkv.device)
+    if qkv.shape[1] % (3 * head):
+        raise ValueError(
+            f"prepare_tower_qkv: qkv must have 3 columns for each head of {head}, got {qkv.shape[1]}"
+        )
     if backend.kernels == "triton":
         from gemcut.kernels.tower import triton as implementation
 
@@ -99,6 +103,8 @@ def pool_patches(
     """
     check_activation("pool_patches", "x", x, 2)
     check("pool_patches", "cells", cells, (None, 9), INTS, x.device)
+    if (std_bias is None) != (std_scale is None):
+        raise ValueError("pool_patches: std_bias and std_scale come both or not at all")
     if std_bias is not None and std_scale is not None:
         check("pool_patches", "std_bias", std_bias, x.shape[1:], x.dtype, x.device)
         check("pool_patches", "std_scale", std_scale, x.shape[1:], x.dtype, x.device)
