@@ -18,9 +18,9 @@ import triton.language as tl
 
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.ragged import count_tiles, find_tile
+from gemcut.kernels.softmax import soften
 from gemcut.kernels.tuned import tuned
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 SCRATCH_COLUMNS = 64  # columns that one program of the combine kernel adds up
 
 
@@ -262,16 +262,11 @@ def _key_rows(
 
 @triton.jit
 def _absorb(scores, values, acc, best, total):
-    """One step of the running softmax, in powers of two. A row that sees no key of this step is left as it
-    is, bit by bit: `best` is kept as it is subtracted, so that keep is exactly 1."""
-    best_now = tl.maximum(best, tl.max(scores, 1) * LOG2E)
-    shift = tl.where(best_now == float("-inf"), 0.0, best_now)  # nothing seen yet: not inf - inf
-    keep = tl.exp2(best - shift)
-    p = tl.exp2(scores * LOG2E - shift[:, None])
-    total = total * keep + tl.sum(p, 1)
+    """One step of keys: their scores and values into the running sums."""
+    p, keep, best, total = soften(scores, best, total)
     # probabilities are rounded to the activation dtype, their sum is not
     acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision="ieee")
-    return acc, best_now, total
+    return acc, best, total
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "table_width"])

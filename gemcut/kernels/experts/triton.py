@@ -241,12 +241,38 @@ def _grouped(
         )
     elif NARROW and strip == STRIPS - 1:
         _tile(
-            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
-            GLU, FUSED, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            x_ptr,
+            weight_at,
+            out_ptr,
+            order_ptr,
+            first,
+            stop,
+            column,
+            GLU,
+            FUSED,
+            WIDTH,
+            INPUTS,
+            TOP_K,
+            BLOCK_M,
+            BLOCK_N // 2,
+            BLOCK_K,
         )
     else:
         _tile(
-            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
-            GLU, FUSED, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr,
+            weight_at,
+            out_ptr,
+            order_ptr,
+            first,
+            stop,
+            column,
+            GLU,
+            FUSED,
+            WIDTH,
+            INPUTS,
+            TOP_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
         )
         # fmt: on

@@ -22,6 +22,10 @@ def tower_attention(
     check("tower_attention", "k", k, q.shape, q.dtype, q.device)
     check("tower_attention", "v", v, q.shape, q.dtype, q.device)
     check("tower_attention", "starts", starts, (None,), torch.int32, q.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.tower_attention import triton as implementation
+
+        return implementation.tower_attention(q, k, v, starts)
     bounds = starts.tolist()
     out = torch.empty_like(q)
     for start, stop in pairwise(bounds):

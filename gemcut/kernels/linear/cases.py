@@ -1,0 +1,57 @@
+"""The dense product: with cuBLAS as it is, and with the tile shape of deterministic mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from gemcut.kernels.backend import Backend
+from gemcut.kernels.case import Case
+from gemcut.kernels.linear import op
+
+
+def make_inputs(
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    count: int,
+    outputs: int,
+    inputs: int,
+) -> dict[str, Any]:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    return {
+        "x": normal(count, inputs).to(dtype),
+        "weight": (normal(outputs, inputs) * inputs**-0.5).to(dtype),
+    }
+
+
+def deterministic_linear(x: torch.Tensor, weight: torch.Tensor, *, backend: Backend) -> torch.Tensor:
+    return op.linear(x, weight, backend=replace(backend, deterministic=backend.kernels == "triton"))
+
+
+def case(count: int, outputs: int, inputs: int, full_size: bool = False) -> Case:
+    return Case(
+        name=f"T={count} {outputs}x{inputs}",
+        operation=deterministic_linear,
+        make_inputs=partial(make_inputs, count=count, outputs=outputs, inputs=inputs),
+        outputs=("y",),
+        bytes=2 * (count * inputs + outputs * inputs + count * outputs),
+        flops=2 * count * outputs * inputs,
+        full_size=full_size,
+    )
+
+
+CASES = (
+    case(1, 48, 64),
+    case(37, 40, 24),
+    case(70, 132, 100),
+    case(1, 8192, 2816, full_size=True),
+    case(64, 8192, 2816, full_size=True),
+    case(8192, 8192, 2816, full_size=True),
+)
