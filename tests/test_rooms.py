@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT / "gemcut").rglob("*.py"))}
 
-SHARED = {"data", "errors", "config", "plan", "hub", "sampling", "outputs"}
+SHARED = {"data", "errors", "config", "plan", "hub", "sampling", "outputs", "worker_pool"}
 ANY = None
 TABLE: dict[str, set[str] | None] = {
     "server": {"engine", "prompt", "media"},
@@ -37,6 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "hub": {"data", "errors"},
     "sampling": {"data", "errors"},
     "outputs": {"data", "errors"},
+    "worker_pool": {"errors"},
 }
 WITHOUT_TORCH = ("server", "prompt", "media", "engine", *SHARED)
 

@@ -145,10 +145,8 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
             picture = _finish(_load(source))
     elif isinstance(source, np.ndarray):
         picture = _finish(_from_array(source, max_pixels))
-    elif isinstance(source, bytes | bytearray | memoryview):
-        picture = _finish_file(bytes(source), max_pixels, max_bytes)
-    elif isinstance(source, str | os.PathLike):
-        picture = _finish_file(_read(source, max_bytes), max_pixels, max_bytes)
+    elif (data := file_bytes(source, max_bytes=max_bytes)) is not None:
+        picture = _finish_file(bytes(data), max_pixels)
     else:
         raise InvalidRequest(
             f"A picture cannot be made from {type(source).__name__}: "
@@ -157,9 +155,22 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
     return picture
 
 
-def _finish_file(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
-    if len(data) > max_bytes:
-        raise InvalidRequest(f"The picture has {len(data):,} bytes; at most {max_bytes:,} are accepted.")
+def file_bytes(source: Source, *, max_bytes: int = MAX_BYTES) -> bytes | bytearray | memoryview | None:
+    """The encoded file that a source is or names, None for a picture that is decoded already.
+
+    Raises InvalidRequest as `open_image` does for a file that is not there, or is too long.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = _read(source, max_bytes)
+    if not isinstance(source, bytes | bytearray | memoryview):
+        return None
+    size = memoryview(source).nbytes
+    if size > max_bytes:
+        raise InvalidRequest(f"The picture has {size:,} bytes; at most {max_bytes:,} are accepted.")
+    return source
+
+
+def _finish_file(data: bytes, max_pixels: int) -> Image.Image:
     kind = _sniff(data)
     with _decoding(f"The {kind} picture of {len(data):,} bytes", "Send the whole file again."):
         return _finish(_decode(data, kind, max_pixels))
@@ -177,7 +188,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
                 f"{os.fspath(path)!r} has {status.st_size:,} bytes; at most {max_bytes:,} are accepted."
             )
         with open(path, "rb") as file:
-            return file.read(max_bytes + 1)
+            return file.read(status.st_size + 1)  # read() sets aside all that it is asked for
     except FileNotFoundError:
         raise InvalidRequest(f"There is no picture file {os.fspath(path)!r}.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -469,10 +480,30 @@ def from_request_part(part: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) 
     return _from_part(part, max_pixels, local=False)
 
 
+def part_source(part: Mapping[str, Any]) -> Source:
+    """What `from_part` would open: the bytes of a file, a path, a Pillow image or an array."""
+    return _part_source(part, local=True)
+
+
+def request_part_source(part: Mapping[str, Any]) -> Source:
+    """As `part_source`, for a part that came over a network: always bytes."""
+    return _part_source(part, local=False)
+
+
 def _from_part(part: Mapping[str, Any], max_pixels: int, *, local: bool) -> Image.Image:
+    key, _ = _picture_of(part)
+    source = _part_source(part, local=local)
+    try:
+        return open_image(source, max_pixels=max_pixels)
+    except InvalidRequest as error:
+        error.param = error.param or key
+        raise
+
+
+def _part_source(part: Mapping[str, Any], *, local: bool) -> Source:
     key, value = _picture_of(part)
     try:
-        return open_image(_resolve(key, value, local=local), max_pixels=max_pixels)
+        return _resolve(key, value, local=local)
     except InvalidRequest as error:
         error.param = error.param or key
         raise
