@@ -93,7 +93,7 @@ def _usage_message(error: typer.TyperException) -> str:
 def _given_value(cause: BaseException | None) -> object:
     """What was typed, where typer's validation of a value failed: its texts leave that out."""
     errors: Any = getattr(cause, "errors", None)
-    return errors()[0].get("input") if callable(errors) else None
+    return None if errors is None else errors()[0].get("input")
 
 
 def _failed(error: Exception) -> int:

@@ -19,6 +19,10 @@ from gemcut.cli import options, terminal
 
 Status = Literal["ok", "warn", "fail"]
 PYTHONS = (3, 11), (3, 13)
+REQUIRED = {  # as in pyproject.toml, which is not installed with the package
+    "torch": "2.11", "numpy": "2.0", "pillow": "12.0", "tokenizers": "0.22", "safetensors": "0.6",
+    "huggingface-hub": "1.0", "jinja2": "3.1",
+}  # fmt: skip
 # ISA extensions that decide how fast a CPU multiplies matrices
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 MIN_CAPABILITY = (8, 0)  # bfloat16 in hardware
@@ -91,11 +95,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    required = {
-        "torch": "2.11", "numpy": "2.0", "pillow": "12.0", "tokenizers": "0.22", "safetensors": "0.6",
-        "huggingface-hub": "1.0", "jinja2": "3.1",
-    }  # fmt: skip
-    for name, least in required.items():
+    for name, least in REQUIRED.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:

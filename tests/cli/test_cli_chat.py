@@ -1,0 +1,80 @@
+"""`gemcut chat`: turns and mistakes through a pipe; the prefix cache and Ctrl-C on a terminal."""
+
+from __future__ import annotations
+
+from cli_rig import CIRCLE, COLOR, call, on_terminal, refused
+
+
+def test_turns_through_a_pipe() -> None:
+    result = call("chat", stdin=f"/image {CIRCLE}\n{COLOR}\n\n/image '{CIRCLE}'\n{COLOR}\n")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("red\n")
+    assert result.out.count("\n") == 2
+
+
+def test_a_reset_forgets() -> None:
+    turn = f"/image {CIRCLE}\n{COLOR}\n"
+    result = call("chat", stdin=f"{turn}/reset\n{turn}/system Be brief.\n/system\n{turn}/quit\nnever read\n")
+    assert (result.code, result.out, result.err) == (0, "red\n" * 3, "")
+
+
+def test_mistakes_are_told_and_the_conversation_goes_on() -> None:
+    result = call(
+        "chat", stdin=f"/imagine x\n/image\n/image nowhere.png\n/image /\n/image {CIRCLE}\n{COLOR}\n/help\n"
+    )
+    assert result.code == 1  # a script must know
+    assert result.out == "red\n"
+    told = result.err.splitlines()
+    assert told[0] == "gemcut: There is no command /imagine. Did you mean /image?"
+    assert told[1] == "gemcut: Which picture? /image FILE"
+    assert told[2] == "gemcut: There is no picture file 'nowhere.png'."
+    assert told[3] == "gemcut: / is a directory; name a picture file."
+    assert told[4].startswith("/image FILE")
+
+
+def test_a_file_that_is_no_picture_is_not_tried_again(tmp_path: object) -> None:
+    file = f"{tmp_path}/a.png"
+    with open(file, "w") as out:
+        out.write("text")
+    result = call("chat", stdin=f"/image {file}\nWhat?\n/image {CIRCLE}\n{COLOR}\n")
+    assert (result.code, result.out) == (1, "red\n")
+    assert result.err.startswith(f"gemcut: {file}: ")
+    assert result.err.count("\n") == 1
+
+
+def test_too_long_a_conversation() -> None:
+    result = call("chat", "--max-model-len", "100", stdin=f"/image {CIRCLE}\n{COLOR}\n{'word ' * 40}\n")
+    assert result.code == 1
+    assert result.out == "red\n"
+    assert "/reset begins a new conversation" in result.err
+
+
+def test_a_slash_can_be_said() -> None:
+    result = call("chat", "--max-tokens", "1", stdin="//etc is a folder\n")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_flags_are_checked_first() -> None:
+    refused(2, "chat", "--temperature", "-1", says="--temperature must be")
+    refused(1, "chat", "--model", "nowhere", says="There is no folder")
+    refused(2, "chat", "hi", says="hi")
+
+
+def test_on_a_terminal() -> None:
+    typed = [
+        ("> ", f"/image {CIRCLE}\n"),
+        ("> ", f"{COLOR}\n"),
+        ("first after", "What shape is it?\n"),
+        ("cached", "/quit\n"),  # the second turn found the first one's KV
+    ]
+    code, shown = on_terminal(["chat"], typed)
+    assert code == 0
+    assert "red\n" in shown
+    assert "Traceback" not in shown
+
+
+def test_ctrl_d_ends_and_ctrl_c_leaves() -> None:
+    assert on_terminal(["chat"], [("> ", "\x04")])[0] == 0
+    code, shown = on_terminal(["chat"], [("> ", "\x03")])
+    assert code == 130
+    assert "Traceback" not in shown
