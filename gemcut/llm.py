@@ -12,15 +12,15 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Self
 
 from gemcut.config import EngineConfig
 from gemcut.data import Prompt
 from gemcut.engine.limits import Limits
 from gemcut.engine.loop import Engine, Job, Update
-from gemcut.engine.model_files import ChatPrompt, ModelFiles
-from gemcut.errors import GemcutError, InvalidRequest, Overloaded
+from gemcut.engine.model_files import ChatPrompt, ModelFiles, RawPrompt, chat_options, raw_prompt
+from gemcut.engine.service import Service
+from gemcut.errors import GemcutError, InvalidRequest
 from gemcut.outputs import Delta, RequestOutput, Stats
 from gemcut.runner.start import Used, largest_block, start
 from gemcut.sampling import SamplingParams
@@ -29,7 +29,6 @@ DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
-RawPrompt = str | Sequence[int] | Mapping[str, Any]
 
 
 def open_files(config: EngineConfig) -> ModelFiles:
@@ -185,7 +184,7 @@ class AsyncLLM:
         self.config = EngineConfig(model=model, **settings)
         self.files = open_files(self.config)
         self._engine, self.used = start_engine(self.config, self.files, max_waiting=max_waiting)
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._service = Service(self._engine, self._publish)
         self._listeners: dict[str, Callable[[Update | BaseException], None]] = {}
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
@@ -200,7 +199,7 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Abort what runs and end the engine's thread."""
-        self._calls.put(None)
+        self._service.stop()
         self._thread.join()
 
     async def stream(
@@ -239,7 +238,10 @@ class AsyncLLM:
             here.call_soon_threadsafe(news.put_nowait, update)
 
         self._check_alive()
-        self._calls.put(lambda: self._add(job, tell))
+        if job.request_id in self._listeners:
+            raise InvalidRequest(f"The request id {job.request_id!r} is in use.", "request_id")
+        self._listeners[job.request_id] = tell
+        self._service.submit(job, tell)
         try:
             while True:
                 update = await news.get()
@@ -250,7 +252,8 @@ class AsyncLLM:
                     yield update.output
                     return
         finally:
-            self._calls.put(lambda: self._engine.abort(job.request_id))
+            self._listeners.pop(job.request_id, None)
+            self._service.abort(job.request_id)
 
     async def generate(
         self,
@@ -268,33 +271,19 @@ class AsyncLLM:
         if not self._thread.is_alive():
             raise GemcutError("The engine has ended.") from self._failure
 
-    def _add(self, job: Job, tell: Callable[[Update | BaseException], None]) -> None:
-        try:
-            self._engine.add(job)
-        except (InvalidRequest, Overloaded) as error:
-            tell(error)
-            return
-        self._listeners[job.request_id] = tell
+    def _publish(self, updates: Sequence[Update]) -> None:
+        for update in updates:
+            tell = self._listeners.get(update.request_id)
+            if tell is not None:
+                tell(update)
 
     def _serve(self) -> None:
         try:
-            while True:
-                # sleep only when there is nothing to compute
-                while self._engine.idle or not self._calls.empty():
-                    call = self._calls.get()
-                    if call is None:
-                        self._abort_all()
-                        return
-                    call()
-                for update in self._engine.step():
-                    tell = self._listeners.get(update.request_id)
-                    if update.output is not None:
-                        self._listeners.pop(update.request_id, None)
-                    if tell is not None:
-                        tell(update)
+            self._service.run()
+            self._abort_all()
         except BaseException as failure:
             self._failure = failure
-            for tell in self._listeners.values():
+            for tell in list(self._listeners.values()):
                 tell(GemcutError(f"The engine failed: {type(failure).__name__}: {failure}"))
             raise
 
@@ -304,45 +293,6 @@ class AsyncLLM:
             tell(GemcutError("The engine was closed."))
         while not self._engine.idle:
             self._engine.step()
-
-
-def chat_options(
-    template: Mapping[str, Any] | None, processor: Mapping[str, Any] | None
-) -> dict[str, bool | int | None]:
-    """The keyword arguments of `ModelFiles.chat_prompt`; unknown keys are refused by name."""
-    options: dict[str, bool | int | None] = {}
-    for key, value in (template or {}).items():
-        if key not in ("enable_thinking", "preserve_thinking"):
-            raise InvalidRequest(f"chat_template_kwargs has no {key!r}.", f"chat_template_kwargs.{key}")
-        if not isinstance(value, bool):
-            raise InvalidRequest(
-                f"{key} must be true or false, got {value!r}.", f"chat_template_kwargs.{key}"
-            )
-        options[key] = value
-    for key, value in (processor or {}).items():
-        if key != "max_soft_tokens":
-            raise InvalidRequest(f"mm_processor_kwargs has no {key!r}.", f"mm_processor_kwargs.{key}")
-        options["image_tokens"] = value
-    return options
-
-
-def raw_prompt(files: ModelFiles, prompt: RawPrompt) -> Prompt:
-    """A prompt without a chat template: a text, token ids, or a mapping with either."""
-    if isinstance(prompt, Mapping):
-        known = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
-        if len(prompt) != 1 or not known:
-            raise InvalidRequest(
-                'A prompt mapping holds "prompt" or "prompt_token_ids", nothing else.', "prompt"
-            )
-        prompt = prompt[known[0]]
-    if isinstance(prompt, str):
-        return files.tokenizer.encode_raw(prompt)
-    ids = tuple(prompt)  # type: ignore[arg-type]
-    vocab = files.plan.text.vocab
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-            raise InvalidRequest(f"The prompt holds {token!r}; token ids are 0 to {vocab - 1}.", "prompt")
-    return Prompt(ids)
 
 
 def _listed(prompts: RawPrompt | Sequence[RawPrompt]) -> Iterable[RawPrompt]:

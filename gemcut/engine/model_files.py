@@ -23,6 +23,7 @@ from gemcut.prompt.writer import MediaPart
 from gemcut.sampling import GenerationDefaults
 
 LoadMedia = Callable[[Sequence[MediaPart], int], list[ImagePatches]]
+RawPrompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,46 @@ class ModelFiles:
         longest = max(picture.rows, picture.columns)
         if vision is not None and longest > vision.positions:
             raise InvalidRequest(
-                f"The picture's grid of {picture.columns} x {picture.rows} patches is longer than the model's "
-                f"position table of {vision.positions}. Cut the picture, or give it fewer tokens."
+                f"The picture's grid of {picture.columns} x {picture.rows} patches is longer than the "
+                f"model's position table of {vision.positions}. Cut the picture, or give it fewer tokens."
             )
+
+
+def chat_options(template: Mapping[str, Any] | None, processor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keyword arguments of `ModelFiles.chat_prompt`; unknown keys are refused by name."""
+    options: dict[str, Any] = {}
+    for key, value in (template or {}).items():
+        if key not in ("enable_thinking", "preserve_thinking"):
+            raise InvalidRequest(f"chat_template_kwargs has no {key!r}.", f"chat_template_kwargs.{key}")
+        if not isinstance(value, bool):
+            raise InvalidRequest(
+                f"{key} must be true or false, got {value!r}.", f"chat_template_kwargs.{key}"
+            )
+        options[key] = value
+    for key, value in (processor or {}).items():
+        if key != "max_soft_tokens":
+            raise InvalidRequest(f"mm_processor_kwargs has no {key!r}.", f"mm_processor_kwargs.{key}")
+        options["image_tokens"] = value
+    return options
+
+
+def raw_prompt(files: ModelFiles, prompt: RawPrompt) -> Prompt:
+    """A prompt without a chat template: a text, token ids, or a mapping with either."""
+    if isinstance(prompt, Mapping):
+        known = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
+        if len(prompt) != 1 or not known:
+            raise InvalidRequest(
+                'A prompt mapping holds "prompt" or "prompt_token_ids", nothing else.', "prompt"
+            )
+        prompt = prompt[known[0]]
+    if isinstance(prompt, str):
+        return files.tokenizer.encode_raw(prompt)
+    ids: tuple[int, ...] = tuple(prompt)  # type: ignore[assignment]
+    vocab = files.plan.text.vocab
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            raise InvalidRequest(f"The prompt holds {token!r}; token ids are 0 to {vocab - 1}.", "prompt")
+    return Prompt(ids)
 
 
 def load_pictures(parts: Sequence[MediaPart], budget: int) -> list[ImagePatches]:
