@@ -97,8 +97,8 @@ def _attend_decode(
     first_page = first // page_size
     width = int(((length - 1) // page_size - first_page).max()) + 1
     index = (first_page[:, None] + torch.arange(width, device=q.device)).clamp(max=page_table.shape[1] - 1)
-    # entries behind a row's last page may hold -1: read page 0 instead, and see nothing of it
-    used = page_table.gather(1, index).clamp(min=0)
+    # entries behind a row's last page may hold anything: read some page instead, and see nothing of it
+    used = page_table.gather(1, index).clamp(0, k_pages.shape[0] - 1)
     k = first_page[:, None] * page_size + torch.arange(width * page_size, device=q.device)  # [R, n] positions
     unseen = (k < first[:, None]) | (k >= length[:, None])
     keys = k_pages[used].flatten(1, 2).float()  # [R, n, Hk, D]
@@ -167,7 +167,8 @@ def _attend_tiled(
     for step in range(walks):
         k = (first_tile + step) * KEY_TILE + torch.arange(KEY_TILE, device=device)  # [E, KEY_TILE]
         unread = (k < lowest) | (k >= length)
-        page = table.gather(1, (k // page_size).clamp(max=table.shape[1] - 1)).clamp(min=0)
+        page = table.gather(1, (k // page_size).clamp(max=table.shape[1] - 1))
+        page = page.clamp(0, k_pages.shape[0] - 1)  # entries that are not read may hold anything
         keys, values = (
             pages[page, k % page_size].float().masked_fill(unread[:, :, None, None], 0.0)
             for pages in (k_pages, v_pages)
