@@ -137,6 +137,7 @@ class Sampler:
             top_p.float(),
             min_p.float(),
             torch.tensor(draws, dtype=torch.float64, device=self.device),
+            max_top_k=max((p.top_k or self.vocab for p in params if p.temperature), default=0),
             backend=self.backend,
         )
         if self._generated is not None and any(state.penalized for state in states):

@@ -16,6 +16,10 @@ def logits(h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, back
     """
     check_activation("logits", "h", h, 2)
     check("logits", "weight", weight, (None, h.shape[1]), h.dtype, h.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.logits import triton as implementation
+
+        return implementation.logits(h, weight, softcap=softcap, backend=backend)
     z = product(h, weight, backend.deterministic)
     if softcap is not None:
         z = torch.tanh(z / softcap) * softcap

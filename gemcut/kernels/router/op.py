@@ -47,6 +47,10 @@ def route_experts(
     check("route_experts", "weight", weight, (None, r.shape[1]), r.dtype, r.device)
     check("route_experts", "per_expert_scale", per_expert_scale, weight.shape[:1], r.dtype, r.device)
     check("route_experts", "count", count, (1,), torch.int32, r.device)
+    if backend.kernels == "triton":
+        from gemcut.kernels.router import triton as implementation
+
+        return implementation.route_experts(r, weight, per_expert_scale, count, top_k=top_k, backend=backend)
     probabilities = product(r, weight, backend.deterministic).float().softmax(dim=-1)
     ranked, index = probabilities.sort(dim=-1, descending=True, stable=True)
     weights, experts = ranked[:, :top_k], index[:, :top_k]

@@ -6,6 +6,7 @@ import torch
 
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.check import check
+from gemcut.kernels.sample.reference import draw
 
 
 def sample(
@@ -16,6 +17,7 @@ def sample(
     min_p: torch.Tensor,
     uniform: torch.Tensor,
     *,
+    max_top_k: int | None = None,
     backend: Backend,
 ) -> torch.Tensor:
     """Sample one token id for each row.
@@ -24,6 +26,8 @@ def sample(
     top_k: [R] int64, V to keep all. top_p, min_p: [R] fp32, 1 and 0 to keep all.
     uniform: [R] fp64 in [0, 1): the row's random number; the draw is the inverse of the cumulative
     distribution in order of falling probability, so a row's token depends on its own number alone.
+    max_top_k: what the host knows of it: no row that is not greedy has a larger top_k; 0 says that all are
+    greedy, None that nothing is known. It chooses the way, never the token.
     Ties go to the lowest id. Returns [R] int64.
     """
     rows, device = logits.shape[0], logits.device
@@ -32,25 +36,10 @@ def sample(
         check("sample", name, tensor, (rows,), torch.float32, device)
     check("sample", "uniform", uniform, (rows,), torch.float64, device)
     check("sample", "top_k", top_k, (rows,), torch.int64, device)
-    greedy = logits.argmax(dim=-1)
-    warm = temperature > 0
-    if not bool(warm.any()):
-        return greedy
-    # the likeliest at 0: however low the temperature, it stays finite and the others fall behind it
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(warm, temperature, 1.0)[:, None]
-    ranked, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(ranked.shape[1], device=device)
-    ranked = ranked.masked_fill(rank >= top_k[:, None], float("-inf"))
-    probabilities = ranked.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # a token stays while the mass before it is below top_p, so the first one always stays; in fp32 the
-    # mass before a rare one may round to 1
-    within = (before < top_p[:, None]) | (top_p >= 1)[:, None]
-    kept = within & (probabilities >= min_p[:, None] * probabilities[:, :1])
-    probabilities = torch.where(kept, probabilities, 0.0)
-    cumulative = probabilities.double().cumsum(dim=-1)
-    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    # rounding may carry a draw past the end: the last kept token is meant
-    last = (kept & (probabilities > 0)).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
-    chosen = ids.gather(-1, torch.minimum(drawn, last)).squeeze(-1)
-    return torch.where(warm, chosen, greedy)
+    if backend.kernels == "triton":
+        from gemcut.kernels.sample import triton as implementation
+
+        return implementation.sample(logits, temperature, top_k, top_p, min_p, uniform, max_top_k=max_top_k)
+    if max_top_k == 0:
+        return logits.argmax(dim=-1)
+    return draw(logits, temperature, top_k, top_p, min_p, uniform)

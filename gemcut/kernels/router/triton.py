@@ -1,0 +1,225 @@
+"""Routing on the GPU in one launch for up to 64 tokens, in two for more; nothing waits for the host.
+
+`_route` takes BM tokens a program, or SPLIT programs for them, each with some of the experts: few tokens
+are bound by reading the router's weight, which one multiprocessor cannot do fast. The last of the SPLIT to
+finish chooses for all of them. With one tile of tokens it also writes the order; with several,
+each tile leaves its counts of tokens by expert, and `_order` turns them into places.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from gemcut.kernels.backend import Backend
+from gemcut.kernels.router.op import Routing
+
+MAX_TILES = 64  # tiles of tokens whose experts are split; more tiles fill the chip without
+
+
+@triton.jit
+def _product(
+    r_ptr, weight_ptr, rows, experts, count,
+    H: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Logits [BM, BN] in fp32; rows of padding are not read."""
+    total = tl.zeros([BM, BN], tl.float32)
+    row_mask = (rows < count)[:, None]
+    expert_mask = (experts < E)[None, :]
+    inner = tl.arange(0, BK)
+    r = r_ptr + rows.to(tl.int64)[:, None] * H + inner[None, :]
+    w = weight_ptr + experts[None, :] * H + inner[:, None]
+    for k in range(0, H, BK):
+        inside = inner < H - k
+        a = tl.load(r + k, row_mask & inside[None, :], other=0.0)
+        b = tl.load(w + k, expert_mask & inside[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _choose(
+    logits, scale_ptr, rows, tile, count, size,
+    weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
+    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Top K of each row of rounded logits [BM, EP], their weights, and their places in the order."""
+    expert = tl.arange(0, EP)[None, :]
+    slot = tl.arange(0, KP)[None, :]
+    real = rows < count
+    within = rows < size
+    # not a number: never chosen before one, and still a valid expert, chosen once
+    left = tl.where(logits == logits, tl.maximum(logits, -3.0e38), -3.0e38)
+    left = tl.where(expert < E, left, float("-inf"))
+    top = tl.max(left, 1)
+    mass = tl.sum(tl.exp(left - top[:, None]), 1)
+    chosen_logits = tl.full([BM, KP], float("-inf"), tl.float32)
+    chosen_experts = tl.zeros([BM, KP], tl.int32)
+    for k in tl.static_range(K):
+        # by logit, ties to the lowest expert: the softmax keeps this order
+        value, index = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
+        chosen_logits = tl.where(slot == k, value[:, None], chosen_logits)
+        chosen_experts = tl.where(slot == k, index[:, None], chosen_experts)
+        left = tl.where(expert == index[:, None], float("-inf"), left)
+    chosen = real[:, None] & (expert < E) & (left == float("-inf"))
+    probability = tl.exp(chosen_logits - top[:, None]) / mass[:, None]
+    slots = slot < K
+    scale = tl.load(scale_ptr + chosen_experts, slots, other=0.0).to(tl.float32)
+    weight = probability / tl.sum(probability, 1)[:, None] * scale
+    pair = rows.to(tl.int64)[:, None] * K + slot
+    written = within[:, None] & slots
+    # rows of padding: any distinct experts and no weight
+    weight = tl.where(real[:, None], weight, 0.0)
+    chosen_experts = tl.where(real[:, None], chosen_experts, slot)
+    tl.store(weights_ptr + pair, weight, written)
+    tl.store(experts_ptr + pair, chosen_experts.to(tl.int64), written)
+
+    taken = chosen.to(tl.int32)
+    before = tl.cumsum(taken, 0) - taken  # this tile's earlier tokens of the same expert
+    by_expert = tl.sum(taken, 0)
+    if ONE_TILE:
+        ends = tl.cumsum(by_expert, 0)
+        expert_row = tl.arange(0, EP)
+        tl.store(offsets_ptr + 1 + expert_row, ends.to(tl.int64), expert_row < E)
+        tl.store(offsets_ptr, tl.zeros([], tl.int64))
+        before += (ends - by_expert)[None, :]
+    else:
+        tl.store(counts_ptr + tile * EP + tl.arange(0, EP), by_expert)
+    for k in tl.static_range(K):
+        mine = tl.sum(tl.where(slot == k, chosen_experts, 0), 1)
+        place = tl.sum(tl.where(expert == mine[:, None], before, 0), 1)
+        flat = rows.to(tl.int64) * K + k
+        if ONE_TILE:
+            # the pairs of padding follow all others, as they come
+            place = tl.where(real, place, flat.to(tl.int32))
+            tl.store(order_ptr + place, flat, within)
+        else:
+            tl.store(ranks_ptr + flat, place, within)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _route(
+    r_ptr, weight_ptr, scale_ptr, count_ptr, logits_ptr, arrivals_ptr,
+    weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr, size,
+    H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    rows = tile * BM + tl.arange(0, BM)
+    count = tl.load(count_ptr)
+    BN: tl.constexpr = EP // SPLIT
+    part = tl.program_id(1)
+    experts = part * BN + tl.arange(0, BN)
+    logits = _product(r_ptr, weight_ptr, rows, experts, count, H, E, BM, BN, BK)
+    logits = logits.to(r_ptr.dtype.element_ty).to(tl.float32)
+    if SPLIT == 1:
+        _choose(
+            logits, scale_ptr, rows, tile, count, size,
+            weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
+            E, K, EP, KP, BM, ONE_TILE,
+        )  # fmt: skip
+    else:
+        tl.store(logits_ptr + rows[:, None] * EP + experts[None, :], logits)
+        tl.debug_barrier()  # all threads' stores come before the arrival that publishes them
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        if arrived & (SPLIT - 1) == SPLIT - 1:
+            tl.debug_barrier()
+            everyone = tl.arange(0, EP)
+            # .cg: past this multiprocessor's L1, which other programs' stores do not reach
+            logits = tl.load(logits_ptr + rows[:, None] * EP + everyone[None, :], cache_modifier=".cg")
+            _choose(
+                logits, scale_ptr, rows, tile, count, size,
+                weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
+                E, K, EP, KP, BM, ONE_TILE,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["size", "tiles"])
+def _order(
+    experts_ptr, ranks_ptr, counts_ptr, count_ptr, order_ptr, offsets_ptr, size, tiles,
+    E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Every tile sums all tiles' counts (some 64 KB from L2) rather than wait for a launch between."""
+    tile = tl.program_id(0)
+    expert = tl.arange(0, EP)
+    earlier = tl.zeros([EP], tl.int32)
+    whole = tl.zeros([EP], tl.int32)
+    for first in range(0, tiles, CHUNK):
+        others = first + tl.arange(0, CHUNK)
+        counts = tl.load(
+            counts_ptr + others[:, None] * EP + expert[None, :], (others < tiles)[:, None], other=0
+        )
+        whole += tl.sum(counts, 0)
+        earlier += tl.sum(tl.where((others < tile)[:, None], counts, 0), 0)
+    ends = tl.cumsum(whole, 0)
+    start = ends - whole + earlier
+    if tile == 0:
+        tl.store(offsets_ptr + 1 + expert, ends.to(tl.int64), expert < E)
+        tl.store(offsets_ptr, tl.zeros([], tl.int64))
+    pair = tl.arange(0, BLOCK)
+    flat = tile.to(tl.int64) * (BM * K) + pair
+    within = (pair < BM * K) & (flat < size * K)
+    chosen = tl.load(experts_ptr + flat, within, other=0).to(tl.int32)
+    place = tl.load(ranks_ptr + flat, within, other=0) + tl.gather(start, chosen, 0)
+    place = tl.where(flat < tl.load(count_ptr).to(tl.int64) * K, place, flat.to(tl.int32))
+    tl.store(order_ptr + place, flat, within)
+
+
+@cache
+def _arrivals(weight: int, device: torch.device) -> torch.Tensor:
+    """Counters of one router, told apart by where its weight lies.
+
+    They only ever go up, by SPLIT a launch (a power of two, so that wrapping is harmless): nobody sets them
+    back. Launches of one router must follow one another; those of two may overlap.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("route_experts must have run once before it is captured")
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+def route_experts(
+    r: torch.Tensor,
+    weight: torch.Tensor,
+    per_expert_scale: torch.Tensor,
+    count: torch.Tensor,
+    *,
+    top_k: int,
+    backend: Backend,
+) -> Routing:
+    size, hidden = r.shape
+    num_experts, device = weight.shape[0], r.device
+    padded = max(16, triton.next_power_of_2(num_experts))
+    # 16 rows are the least that a product takes, and the shape of all if bits must not depend on the batch
+    tile = 16 if size <= 16 or backend.deterministic else 64
+    tiles = triton.cdiv(size, tile)
+    # from 64 tiles on, reading r once counts for more than filling the chip
+    split = 1 if tiles > MAX_TILES else min(8, padded // 16)
+    weights = torch.empty(size, top_k, dtype=torch.float32, device=device)
+    experts = torch.empty(size, top_k, dtype=torch.int64, device=device)
+    order = torch.empty(size * top_k, dtype=torch.int64, device=device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
+    logits = arrivals = ranks = counts = None
+    if split > 1:
+        logits = torch.empty(tiles * tile, padded, dtype=torch.float32, device=device)
+        arrivals = _arrivals(weight.data_ptr(), device)
+    if tiles > 1:
+        ranks = torch.empty(size * top_k, dtype=torch.int32, device=device)
+        counts = torch.empty(tiles, padded, dtype=torch.int32, device=device)
+    _route[(tiles, split)](
+        r, weight, per_expert_scale, count, logits, arrivals,
+        weights, experts, order, offsets, ranks, counts, size,
+        hidden, num_experts, top_k, padded, triton.next_power_of_2(top_k),
+        tile, 128 if r.element_size() == 2 else 64, split, tiles == 1,
+        num_warps=8 if tile == 64 else 4, num_stages=3,
+    )  # fmt: skip
+    if tiles > 1:
+        _order[(tiles,)](
+            experts, ranks, counts, count, order, offsets, size, tiles,
+            num_experts, top_k, padded, tile, triton.next_power_of_2(tile * top_k), 32, num_warps=4,
+        )  # fmt: skip
+    return Routing(weights, experts, order, offsets)
