@@ -62,22 +62,25 @@ def _attend_row(
     window: int | None,
 ) -> torch.Tensor:
     """One row: q [C, Hq, D] at positions length - C .. length - 1."""
-    count, q_heads, head = q.shape
+    count, _, head = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     first = 0 if window is None else max(0, length - count - window + 1)
     base = first // page_size * page_size
     used = pages[first // page_size : -(-length // page_size)]
-    keys = k_pages[used].flatten(0, 1)[first - base : length - base].float()  # [n, Hk, D]
-    values = v_pages[used].flatten(0, 1)[first - base : length - base].float()
-    # queries of one KV head side by side: [Hk, C * G, D]
-    grouped = q.float().view(count, kv_heads, -1, head).transpose(0, 1).flatten(1, 2)
-    scores = grouped @ keys.permute(1, 2, 0)  # [Hk, C * G, n]; scale is exactly 1.0 (spec 2.1)
     p = torch.arange(length - count, length, device=q.device)
     k = torch.arange(first, length, device=q.device)
-    seen = _seen(p, k, spans, window)
-    scores = scores.masked_fill(~seen.repeat_interleave(q_heads // kv_heads, dim=0), NEVER)
-    out = scores.softmax(dim=-1) @ values.transpose(0, 1)  # [Hk, C * G, D]
-    return out.view(kv_heads, count, -1, head).transpose(0, 1).reshape(q.shape).to(q.dtype)
+    seen = _seen(p, k, spans, window)  # [C, n]
+    # heads of one KV head side by side: [Hk, G, C, D]
+    grouped = q.float().view(count, kv_heads, -1, head).permute(1, 2, 0, 3)
+    keys, values = (
+        pool.index_select(0, used).flatten(0, 1)[first - base : length - base].float().transpose(0, 1)
+        for pool in (k_pages, v_pages)
+    )  # [Hk, n, D]
+    group = grouped.shape[1]
+    keys, values = (t[:, None].expand(-1, group, -1, -1) for t in (keys, values))
+    # scale is exactly 1.0 (spec 2.1)
+    out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=1.0)
+    return out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
 
 
 def _attend_decode(
@@ -92,21 +95,25 @@ def _attend_decode(
     those are never alone in a chunk unless the block has one token."""
     rows, _, head = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
-    length = torch.tensor(lengths, device=q.device)
-    first = (length - window).clamp(min=0) if window is not None else torch.zeros_like(length)
-    first_page = first // page_size
-    width = int(((length - 1) // page_size - first_page).max()) + 1
-    index = (first_page[:, None] + torch.arange(width, device=q.device)).clamp(max=page_table.shape[1] - 1)
-    # entries behind a row's last page may hold anything: read some page instead, and see nothing of it
-    used = page_table.gather(1, index).clamp(0, k_pages.shape[0] - 1)
-    k = first_page[:, None] * page_size + torch.arange(width * page_size, device=q.device)  # [R, n] positions
-    unseen = (k < first[:, None]) | (k >= length[:, None])
-    keys = k_pages[used].flatten(1, 2).float()  # [R, n, Hk, D]
-    values = v_pages[used].flatten(1, 2).float().masked_fill(unseen[:, :, None, None], 0.0)
-    grouped = q.float().view(rows, kv_heads, -1, head)
-    scores = grouped @ keys.permute(0, 2, 3, 1)  # [R, Hk, G, n]
-    scores = scores.masked_fill(unseen[:, None, None, :], NEVER)
-    out = scores.softmax(dim=-1) @ values.transpose(1, 2)
+    length = torch.tensor(lengths, device=q.device)[:, None]
+    first = torch.zeros_like(length) if window is None else (length - window).clamp(min=0)
+    k = first + torch.arange(int((length - first).max()), device=q.device)  # [R, n] positions
+    seen = k < length
+    # a place behind a row's end reads its last key once more and sees nothing of it: never a foreign page
+    k = torch.minimum(k, length - 1)
+    slots = (page_table.gather(1, k // page_size) * page_size + k % page_size).flatten()
+    keys, values = (
+        pool.flatten(0, 1).index_select(0, slots).view(rows, -1, kv_heads, head).transpose(1, 2).float()
+        for pool in (k_pages, v_pages)
+    )  # [R, Hk, n, D]
+    # the heads of one KV head are the queries of one product
+    out = functional.scaled_dot_product_attention(
+        q.float().view(rows, kv_heads, -1, head),
+        keys,
+        values,
+        attn_mask=seen[:, None, None],
+        scale=1.0,
+    )
     return out.reshape(q.shape).to(q.dtype)
 
 

@@ -10,7 +10,6 @@ read. Scores never leave the registers; fp32 inside, one rounding at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -21,6 +20,7 @@ from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.softmax import soften
 from gemcut.kernels.tuned import tuned
 
+WIDE_POOL = 2**31  # elements from which offsets into a pool need 64 bits; 32 save registers
 SCRATCH_COLUMNS = 64  # columns that one program of the combine kernel adds up
 
 
@@ -82,13 +82,19 @@ def paged_attention(
     return out
 
 
-def chunk_config(q: torch.Tensor, kv_heads: int) -> ChunkConfig:
-    q_heads, head = q.shape[1:]
-    group = q_heads // kv_heads
-    fields = tuned(Path(__file__).parent, f"chunks D={head} G={group} {_short(q)}", q.device)
-    if fields is not None:
-        return ChunkConfig(**fields)
-    least = max(16, triton.next_power_of_2(group))
+def shape_key(kind: str, q: torch.Tensor, kv_heads: int) -> str:
+    """Key of the tuned tables: kind "chunks" by tokens, "singles" by rows."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return f"{kind} D={q.shape[2]} G={q.shape[1] // kv_heads} Hk={kv_heads} {dtype}"
+
+
+def chunk_config(q: torch.Tensor, kv_heads: int, deterministic: bool) -> ChunkConfig:
+    count, q_heads, head = q.shape
+    if not deterministic:  # then one config whatever the count
+        fields = tuned(__file__, shape_key("chunks", q, kv_heads), count, q.device)
+        if fields is not None:
+            return ChunkConfig(**fields)
+    least = max(16, triton.next_power_of_2(q_heads // kv_heads))
     if q.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
         return ChunkConfig(least, 16, min(head, 256), warps=4, stages=1)
     if head <= 64:
@@ -98,9 +104,9 @@ def chunk_config(q: torch.Tensor, kv_heads: int) -> ChunkConfig:
     return ChunkConfig(max(64, least), 32, min(head, 512), warps=8, stages=2)
 
 
-def single_config(q: torch.Tensor, kv_heads: int) -> SingleConfig:
-    q_heads, head = q.shape[1:]
-    fields = tuned(Path(__file__).parent, f"singles D={head} G={q_heads // kv_heads} {_short(q)}", q.device)
+def single_config(q: torch.Tensor, kv_heads: int, rows: int) -> SingleConfig:
+    head = q.shape[2]
+    fields = tuned(__file__, shape_key("singles", q, kv_heads), rows, q.device)
     if fields is not None:
         return SingleConfig(**fields)
     processors = 4
@@ -109,10 +115,6 @@ def single_config(q: torch.Tensor, kv_heads: int) -> SingleConfig:
     if q.element_size() == 4:
         return SingleConfig(16, processors, warps=4, stages=1)
     return SingleConfig(64 if head <= 256 else 32, 2 * processors, warps=4, stages=2)
-
-
-def _short(q: torch.Tensor) -> str:
-    return str(q.dtype).removeprefix("torch.")
 
 
 def _chunks(
@@ -132,7 +134,7 @@ def _chunks(
     count, q_heads, head = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     rows = seq_lens.shape[0]
-    config = chunk_config(q, kv_heads)
+    config = chunk_config(q, kv_heads, deterministic)
     block_t = config.block_m // (q_heads // kv_heads)
     # every row may end in a tile that is not full, and so may the padding behind the last row
     tiles = triton.cdiv(count, block_t) + min(rows + 1, count)
@@ -156,10 +158,10 @@ def _chunks(
         PAGE=page_size,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        ROWS=triton.next_power_of_2(rows + 1),
+        ROWS=max(64, triton.next_power_of_2(rows + 1)),  # few variants to compile
         SKIP_SINGLE=skip_single,
         ONE_LOOP=deterministic or config.one_loop,  # whether a step is masked differs between chunks
-        WIDE=k_pages.numel() >= 2**31,
+        WIDE=k_pages.numel() >= WIDE_POOL,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -181,7 +183,7 @@ def _singles(
     q_heads, head = q.shape[1:]
     page_size, kv_heads = k_pages.shape[1:3]
     rows, width = page_table.shape
-    config = single_config(q, kv_heads)
+    config = single_config(q, kv_heads, rows)
     blocks = triton.cdiv(width * page_size, config.block_n)
     if window is not None:
         blocks = min(blocks, triton.cdiv(window, config.block_n) + 1)
@@ -202,6 +204,7 @@ def _singles(
         spans,
         rows,
         width,
+        splits,
         WINDOW=window or 0,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
@@ -209,9 +212,9 @@ def _singles(
         PAGE=page_size,
         BLOCK_M=max(16, triton.next_power_of_2(q_heads // kv_heads)),
         BLOCK_N=config.block_n,
-        SPLITS=splits,
+        ALONE=splits == 1,
         ONLY_SINGLE=only_single,
-        WIDE=k_pages.numel() >= 2**31,
+        WIDE=k_pages.numel() >= WIDE_POOL,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -223,10 +226,10 @@ def _singles(
             stats,
             query_start,
             rows,
+            splits,
             Q_HEADS=q_heads,
             HEAD=head,
             COLUMNS=columns,
-            SPLITS=splits,
             LANES=triton.next_power_of_2(splits),
             ONLY_SINGLE=only_single,
             num_warps=4 if splits > 16 else 1,
@@ -391,7 +394,7 @@ def _attend_chunks(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "table_width"])
+@triton.jit(do_not_specialize=["rows", "table_width", "splits"])
 def _attend_single(
     q_ptr,
     k_ptr,
@@ -405,6 +408,7 @@ def _attend_single(
     span_ptr,
     rows,
     table_width,
+    splits,
     WINDOW: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -412,11 +416,11 @@ def _attend_single(
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    ALONE: tl.constexpr,
     ONLY_SINGLE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """All query heads of a KV head of one query, over one of SPLITS equal shares of the keys it sees.
+    """All query heads of a KV head of one query, over one of `splits` equal shares of the keys it sees.
 
     ONLY_SINGLE: rows with another number of queries belong to the kernel for chunks. Otherwise the step
     has as many tokens as rows, nearly always one each; a row with more takes them in turn.
@@ -424,8 +428,8 @@ def _attend_single(
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     STRIDE: tl.constexpr = KV_HEADS * HEAD
     kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(0) // KV_HEADS % SPLITS
-    row = tl.program_id(0) // (KV_HEADS * SPLITS)
+    split = tl.program_id(0) // KV_HEADS % splits
+    row = tl.program_id(0) // (KV_HEADS * splits)
     first = tl.load(start_ptr + row)
     stop = tl.load(start_ptr + row + 1)
     length = tl.load(length_ptr + row)
@@ -448,7 +452,7 @@ def _attend_single(
     table = table_ptr + row.to(tl.int64) * table_width
     k_at = k_ptr + kv_head * HEAD
     v_at = v_ptr + kv_head * HEAD
-    for i in range(0, stop - first):
+    for i in range(stop - first):
         token = first + i
         position = length - stop + token
         high = position + 1
@@ -466,7 +470,7 @@ def _attend_single(
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         edge = low // BLOCK_N * BLOCK_N
-        share = ((high - edge + BLOCK_N - 1) // BLOCK_N + SPLITS - 1) // SPLITS * BLOCK_N
+        share = ((high - edge + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
         from_key = edge + split * share
         for start in tl.range(from_key, tl.minimum(from_key + share, high), BLOCK_N):
             keys = start + n
@@ -479,28 +483,28 @@ def _attend_single(
                 seen = seen & ((keys <= position) | ((keys >= begin) & (keys < end)))
             scores = tl.where(seen[None, :], scores, float("-inf"))
             acc, best, total = _absorb(scores, v, acc, best, total)
-        if SPLITS == 1:
+        if ALONE:
             acc = acc / total[:, None]
             tl.store(out_ptr + base + tile, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
         else:
             slot = row if ONLY_SINGLE else token
-            place = (slot * Q_HEADS + pairs) * SPLITS + split
+            place = (slot * Q_HEADS + pairs) * splits + split
             tl.store(stat_ptr + 2 * place, best, mask=valid)
             tl.store(stat_ptr + 2 * place + 1, total, mask=valid)
             tl.store(sum_ptr + place[:, None] * HEAD + dims[None, :], acc, mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _combine(
     out_ptr,
     sum_ptr,
     stat_ptr,
     start_ptr,
     rows,
+    splits,
     Q_HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
     LANES: tl.constexpr,
     ONLY_SINGLE: tl.constexpr,
 ):
@@ -518,12 +522,12 @@ def _combine(
         if slot >= tl.load(start_ptr + rows):
             return
     lanes = tl.arange(0, LANES)
-    place = (slot * Q_HEADS + head) * SPLITS + lanes
-    best = tl.load(stat_ptr + 2 * place, mask=lanes < SPLITS, other=float("-inf"))
-    total = tl.load(stat_ptr + 2 * place + 1, mask=lanes < SPLITS, other=0.0)
+    place = (slot * Q_HEADS + head) * splits + lanes
+    best = tl.load(stat_ptr + 2 * place, mask=lanes < splits, other=float("-inf"))
+    total = tl.load(stat_ptr + 2 * place + 1, mask=lanes < splits, other=0.0)
     share = tl.exp2(best - tl.max(best, 0))
     sums = tl.load(
-        sum_ptr + place[:, None] * HEAD + columns[None, :], mask=(lanes < SPLITS)[:, None], other=0.0
+        sum_ptr + place[:, None] * HEAD + columns[None, :], mask=(lanes < splits)[:, None], other=0.0
     )
     acc = tl.sum(sums * share[:, None], 0) / tl.sum(total * share, 0)
     at = out_ptr + (token.to(tl.int64) * Q_HEADS + head) * HEAD + columns

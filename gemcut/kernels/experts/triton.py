@@ -8,7 +8,6 @@ is how many bytes are under way; with many it is a matrix product like any other
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -18,9 +17,6 @@ from gemcut.kernels.backend import Backend
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.router.op import Routing
 from gemcut.kernels.tuned import tuned
-
-# rows an expert has on average, up to which a row of the tables serves
-LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,7 @@ def grouped_glu(
     """See op.py. One rounding with fused numerics, three with the reference's."""
     width = gate_up.shape[1] // 2
     out = h.new_empty(routing.order.shape[0], width)
-    config = find_config("glu", h, gate_up, routing, backend)
+    config = find_config("glu", gate_up, routing, backend)
     _launch(h, gate_up, out, routing, config, glu=True, fused=backend.numerics == "fused")
     return out
 
@@ -52,34 +48,34 @@ def grouped_linear(
 ) -> torch.Tensor:
     """See op.py."""
     out = m.new_empty(m.shape[0], down.shape[1])
-    config = find_config("linear", m, down, routing, backend)
+    config = find_config("linear", down, routing, backend)
     _launch(m, down, out, routing, config, glu=False, fused=False)
     return out.view(*routing.experts.shape, -1)
 
 
-def find_config(
-    product: str, x: torch.Tensor, weight: torch.Tensor, routing: Routing, backend: Backend
-) -> Config:
+def shape_key(product: str, weight: torch.Tensor) -> str:
+    """Key of the tuned tables, whose sizes are (token, slot) pairs. product: "glu" or "linear"."""
     experts, outputs, inputs = weight.shape
-    load = triton.cdiv(routing.order.shape[0], experts)
-    dtype = str(x.dtype).removeprefix("torch.")
-    key = f"{product} {outputs}x{inputs} {dtype}"
-    if backend.deterministic:
-        load_key = "deterministic"  # one tile shape for every batch, thin never
-    else:
-        load_key = f"rows<={next((limit for limit in LOADS if load <= limit), LOADS[-1])}"
-    fields = tuned(Path(__file__).parent, f"{key} {load_key}", x.device)
-    if fields is not None:
-        return Config(**fields)
-    if x.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
+    return f"{product} E={experts} {outputs}x{inputs} {str(weight.dtype).removeprefix('torch.')}"
+
+
+def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: Backend) -> Config:
+    pairs = routing.order.shape[0]
+    if not backend.deterministic:  # then one config whatever the count
+        fields = tuned(__file__, shape_key(product, weight), pairs, weight.device)
+        if fields is not None:
+            return Config(**fields)
+    experts, _, inputs = weight.shape
+    if weight.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
         return Config(16, 32, 32, warps=4, stages=2)
+    rows = pairs / experts
     if backend.deterministic:
         return Config(64, 128, 64, warps=4, stages=3)
-    if load <= 8:
+    if rows <= 8:
         return Config(16, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
-    if load <= 32:
+    if rows <= 32:
         return Config(32, 64, 64, warps=4, stages=4)
-    if load <= 128:
+    if rows <= 128:
         return Config(64, 128, 64, warps=4, stages=3)
     return Config(128, 256, 64, warps=8, stages=3, thin=True)
 

@@ -50,7 +50,7 @@ CASES = (
     case(63, 45, head=32),
     case(1, 70, head=64),
     case(99, 36, head=72),
-    case(2520, heads=16, head=72, full_size=True),
     case(*[630] * 8, heads=16, head=72, full_size=True),
+    case(2520, heads=16, head=72, full_size=True),
     case(2520, heads=12, head=64, full_size=True),
 )
