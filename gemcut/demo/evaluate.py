@@ -2,8 +2,8 @@
 
     python -m gemcut.demo.evaluate --pictures 2000 --out accuracy.json
 
-The pictures are drawn with PIL in their own sizes, with fonts, words, numbers and combinations that the training
-never saw, and go through whatever ``answer`` does with pictures: ``evaluate`` takes any engine.
+The pictures are drawn with PIL in their own sizes, with fonts, words, numbers and combinations that the
+training never saw, and go through whatever ``answer`` does with pictures: ``evaluate`` takes any engine.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import io
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ SMALLEST = 34.0  # least font size of a sign in px, as the model sees it: letter
 class Item:
     """One question about zero, one or two pictures.
 
-    ``order`` is the index of the picture that the question comes before: 0 in front of all, len(pictures) after all.
-    ``history`` holds earlier turns (question, answer); the pictures belong to the first turn. ``thinking`` asks for
-    thoughts, whose right text is ``thought``.
+    ``order`` is the index of the picture that the question comes before: 0 in front of all, len(pictures)
+    after all. ``history`` holds earlier turns (question, answer); the pictures belong to the first turn.
+    ``thinking`` asks for thoughts, whose right text is ``thought``.
     """
 
     qa: QA
@@ -43,6 +43,12 @@ class Item:
     thought: str = ""
     sizes: tuple[tuple[int, int], ...] = ()  # height, width
     layout: str = ""
+
+    @property
+    def expected(self) -> str:
+        """The whole right text of the model's turn."""
+        thought = f"<|channel>thought\n{self.thought}\n<channel|>" if self.thinking else ""
+        return thought + self.qa.answer
 
 
 Answer = Callable[[Item], str]
@@ -60,8 +66,8 @@ def _picture(rng: random.Random, scene: Scene, size: tuple[int, int]) -> Image.I
 def held_out_items(seed: int, pictures: int, font_folder: str | None = None) -> Iterator[Item]:
     """Items about so many held-out pictures, one to three a picture; deterministic by seed.
 
-    Half of the pictures are signs, every tenth pair of a text question and a pair of pictures joins them. A third of
-    the items are later turns of a chat, one in twenty is asked with thinking on.
+    Half of the pictures are signs, every tenth pair of a text question and a pair of pictures joins them. A
+    third of the items are later turns of a chat, one in twenty is asked with thinking on.
     """
     rng = random.Random(seed)
     faces = fonts.faces(True, font_folder)
@@ -73,7 +79,7 @@ def held_out_items(seed: int, pictures: int, font_folder: str | None = None) -> 
             continue
         sizes = tuple(sample_size(rng) for _ in range(2 if sort == "pair" else 1))
         canvases = [Canvas.of(*size) for size in sizes]
-        scenes: list[Scene]
+        scenes: Sequence[Scene]
         if sort == "sign":
             sign = sample_sign(rng, canvases[0], faces, SMALLEST, unseen=True)
             scenes, asked = [sign], ask_sign(rng, sign)
@@ -105,7 +111,9 @@ def chat_text(item: Item, soft_tokens: list[int], empty_thought: bool) -> str:
     placeholders = [f"<|image>{'<|image|>' * count}<image|>" for count in soft_tokens]
     text = "<bos>" + ("<|turn>system\n<|think|>\n<turn|>\n" if item.thinking else "")
     for index, question in enumerate([question for question, _ in item.history] + [item.qa.question]):
-        parts = [*placeholders[: item.order], question, *placeholders[item.order :]] if index == 0 else [question]
+        parts = (
+            [*placeholders[: item.order], question, *placeholders[item.order :]] if index == 0 else [question]
+        )
         text += f"<|turn>user\n{''.join(parts)}<turn|>\n<|turn>model\n"
         if index < len(item.history):
             text += f"{item.history[index][1]}<turn|>\n"
@@ -129,29 +137,41 @@ class Outcome:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def evaluate(answer: Answer, items: Iterable[Item], report: Callable[[Outcome], None] | None = None) -> list[Outcome]:
-    """Ask every item; ``answer`` returns the whole greedy text of the model's turn, thoughts and all, without its end."""
+def evaluate(
+    answer: Answer, items: Iterable[Item], report: Callable[[Outcome], None] | None = None
+) -> list[Outcome]:
+    """Ask every item; ``answer`` returns the whole greedy text of the model's turn, thoughts and all, without
+    its end.
+    """
     outcomes = []
     for item in items:
         began = time.perf_counter()
         got = answer(item)
-        expected = item.qa.answer
-        kind = item.qa.kind
-        if item.thinking:
-            expected = f"<|channel>thought\n{item.thought}\n<channel|>{expected}"
-            kind = "thought"
-        order = "none" if not item.pictures else "before" if item.order == 0 else "between" if item.order < len(item.pictures) else "after"  # fmt: skip
+        kind = "thought" if item.thinking else item.qa.kind
+        order = "none"
+        if item.pictures:
+            order = {0: "before", len(item.pictures): "after"}.get(item.order, "between")
         outcome = Outcome(
-            kind, item.qa.question, expected, got, got == expected, time.perf_counter() - began, order,
-            len(item.history) + 1, [list(size) for size in item.sizes], item.layout,
-        )  # fmt: skip
+            kind=kind,
+            question=item.qa.question,
+            expected=item.expected,
+            got=got,
+            right=got == item.expected,
+            seconds=time.perf_counter() - began,
+            order=order,
+            turn=len(item.history) + 1,
+            sizes=[list(size) for size in item.sizes],
+            layout=item.layout,
+        )
         outcomes.append(outcome)
         if report:
             report(outcome)
     return outcomes
 
 
-def table(outcomes: list[Outcome], key: Callable[[Outcome], str] = lambda outcome: outcome.kind) -> dict[str, list[int]]:
+def table(
+    outcomes: list[Outcome], key: Callable[[Outcome], str] = lambda outcome: outcome.kind
+) -> dict[str, list[int]]:
     """Right and asked, by kind or another key, and in all."""
     counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for outcome in outcomes:
@@ -162,19 +182,43 @@ def table(outcomes: list[Outcome], key: Callable[[Outcome], str] = lambda outcom
 
 
 class TransformersEngine:
-    """Greedy answers of transformers' Gemma 4 on the CPU, with the smallest margin of each answer's tokens."""
+    """Greedy answers of transformers' Gemma 4 on the CPU; keeps the smallest margin of an answer's tokens.
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    One pass over prompt and right answer shows whether greedy decoding gives that answer: every one of its
+    tokens has the largest logit. Only where it does not, or with ``always_generate``, the answer is generated.
+    """
+
+    def __init__(self, folder: Path, dtype: str, always_generate: bool = False) -> None:
         import torch
         import transformers
         from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-        self.torch, self.count = torch, 0
+        self.torch, self.count, self.always_generate = torch, 0, always_generate
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.processor = Gemma4ImageProcessorPil.from_pretrained(folder)
-        self.model = transformers.Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model: Any = transformers.Gemma4ForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
         self.model.eval()
         self.margin = 0.0
+
+    def _tensors(self, ids: list[int], features: list[Any]) -> dict[str, Any]:
+        torch, image_id = self.torch, self.model.config.image_token_id
+        rows = torch.tensor([ids])
+        tensors = {
+            "input_ids": rows,
+            "attention_mask": torch.ones_like(rows),
+            "mm_token_type_ids": (rows == image_id).long(),
+        }
+        if features:
+            pixels = torch.cat([part["pixel_values"] for part in features])
+            tensors["pixel_values"] = pixels.to(self.model.dtype)
+            tensors["image_position_ids"] = torch.cat([part["image_position_ids"] for part in features])
+        return tensors
+
+    def _keep_margin(self, logits: Any) -> None:
+        best = logits.float().topk(2).values
+        self.margin = float((best[:, 0] - best[:, 1]).min())
 
     def __call__(self, item: Item) -> str:
         torch = self.torch
@@ -182,31 +226,37 @@ class TransformersEngine:
         soft = [int(part["num_soft_tokens_per_image"][0]) for part in features]
         self.count += 1
         text = chat_text(item, soft, empty_thought=self.count % 2 == 0)
-        ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
-        image_id = self.model.config.image_token_id
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == image_id).long(),
-        }
-        if features:
-            inputs["pixel_values"] = torch.cat([part["pixel_values"] for part in features]).to(self.model.dtype)
-            inputs["image_position_ids"] = torch.cat([part["image_position_ids"] for part in features])
+        prompt, answer = (
+            self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            for part in (text, item.expected + "<turn|>")
+        )
         with torch.no_grad():
+            if not self.always_generate:
+                logits = self.model(**self._tensors(prompt + answer, features)).logits[
+                    0, len(prompt) - 1 : -1
+                ]
+                if logits.argmax(-1).tolist() == answer:
+                    self._keep_margin(logits)
+                    return item.expected
             result = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=160, output_logits=True, return_dict_in_generate=True
-            )
-        best = torch.stack(result.logits)[:, 0].float().topk(2).values
-        self.margin = float((best[:, 0] - best[:, 1]).min())
-        answer = self.tokenizer.decode(result.sequences[0, ids.shape[1] :], skip_special_tokens=False)
-        return answer.removesuffix("<turn|>")
+                **self._tensors(prompt, features), do_sample=False, max_new_tokens=160, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        self._keep_margin(torch.stack(result.logits)[:, 0])
+        given = self.tokenizer.decode(result.sequences[0, len(prompt) :], skip_special_tokens=False)
+        return given.removesuffix("<turn|>")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--engine", choices=["transformers"], default="transformers")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="the first is the one that the others are compared to")
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16", help="the first is the one that the others are compared to"
+    )
+    parser.add_argument("--generate", action="store_true", help="decode every answer token by token")
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=20261124)
     parser.add_argument("--fonts", default=None, help="a folder of fonts instead of the installed packages")
@@ -218,7 +268,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     dtypes = arguments.dtypes.split(",")
-    engines = [TransformersEngine(arguments.checkpoint, dtype) for dtype in dtypes]
+    engines = [TransformersEngine(arguments.checkpoint, dtype, arguments.generate) for dtype in dtypes]
     texts: list[list[str]] = []
     margins: list[float] = []
 
@@ -237,6 +287,7 @@ def main() -> None:
     record = {
         "command": f"python -m gemcut.demo.evaluate --pictures {arguments.pictures} --seed {arguments.seed}",
         "engine": arguments.engine,
+        "always_generated": arguments.generate,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seed": arguments.seed,
         "pictures": arguments.pictures,
@@ -247,14 +298,19 @@ def main() -> None:
         "right_and_asked_by_turn": table(outcomes, lambda outcome: str(outcome.turn)),
         "right_and_asked_by_layout": table(outcomes, lambda outcome: outcome.layout or "text"),
         "differing_from_first_dtype": {
-            dtype: sum(answers[index] != answers[0] for answers in texts) for index, dtype in enumerate(dtypes) if index
+            dtype: sum(answers[index] != answers[0] for answers in texts)
+            for index, dtype in enumerate(dtypes)
+            if index
         },
         "right_by_dtype": {
-            dtype: sum(answers[index] == outcome.expected for answers, outcome in zip(texts, outcomes, strict=True))
+            dtype: sum(
+                answers[index] == outcome.expected for answers, outcome in zip(texts, outcomes, strict=True)
+            )
             for index, dtype in enumerate(dtypes)
         },
         "margin_percentiles_of_right_answers": {
-            str(share): round(right[min(len(right) - 1, int(share / 100 * len(right)))], 3) for share in (0, 0.1, 1, 5, 50)
+            str(share): round(right[min(len(right) - 1, int(share / 100 * len(right)))], 3)
+            for share in (0, 0.1, 1, 5, 50)
         },
         "wrong": [asdict(outcome) for outcome in outcomes if not outcome.right],
     }

@@ -116,7 +116,7 @@ PROCESSOR = {
 def write(parameters: net.Parameters, size: net.Size, folder: Path) -> None:
     """Write the folder: weights in bf16, configurations, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in net.shapes(size) if name != net.HELPER]
+    names = [name for name in net.shapes(size) if name not in net.HELPERS]
     weights = {name: parameters[name].detach().to("cpu", torch.bfloat16).contiguous() for name in names}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in (

@@ -6,15 +6,16 @@ import re
 from pathlib import Path
 
 TRAINED = (
-    "DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "Roboto", "SourceSansPro",
-    "HankenGrotesk", "Manrope", "RedHatDisplay", "Caladea", "FredokaOne", "FjallaOne",
+    "DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "Roboto",
+    "SourceSansPro", "HankenGrotesk", "Manrope", "RedHatDisplay", "Caladea", "FredokaOne", "FjallaOne",
 )  # fmt: skip
 HELD_OUT = ("Lato", "SourceSerifPro")
 PACKAGES = (
-    "font_roboto", "font_source_sans_pro", "font_source_serif_pro", "font_lato", "font_manrope", "font_hanken_grotesk",
-    "font_caladea", "font_rhd", "font_fredoka_one", "font_fjallaone",
+    "font_roboto", "font_source_sans_pro", "font_source_serif_pro", "font_lato", "font_manrope",
+    "font_hanken_grotesk", "font_caladea", "font_rhd", "font_fredoka_one", "font_fjallaone",
 )  # fmt: skip
-# Hairlines are illegible at the sizes used; the display faces hold few glyphs; a variable file repeats the others.
+# Hairlines are illegible at the sizes used; the display faces hold few glyphs; a variable file repeats the
+# others.
 _UNUSED = re.compile("Thin|ExtraLight|Variable|SansDisplay|SerifDisplay")
 
 

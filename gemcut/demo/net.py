@@ -1,8 +1,8 @@
 """The demo's Gemma 4 as plain functions over named tensors, made for training it.
 
 Parameters carry transformers' names, so that exporting is writing them down. Products run in a compute dtype
-(bf16 on a GPU), norms and the residual stream in float32. The functions in ``Kernels`` hold all the elementwise
-work; the training compiles them one by one and leaves attention to PyTorch's fused kernels.
+(bf16 on a GPU), norms and the residual stream in float32. The functions in ``Kernels`` hold all the
+elementwise work; the training compiles them one by one and leaves attention to PyTorch's fused kernels.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gemcut.demo.questions import KINDS
 from gemcut.demo.render import PATCHES, Positions
-from gemcut.demo.scenes import BUDGET, MARK_CLASSES, MAX_SHAPES
+from gemcut.demo.scenes import BUDGET, GROUP_CLASSES, MARK_CLASSES, MAX_SHAPES
 from gemcut.demo.tokenizer import SPECIAL_ID, VOCABULARY
 
 Parameters = dict[str, Tensor]
-HELPER = "helper.marks"  # the helper loss's own matrix, not part of the model
+HELPERS = ("helper.marks", "helper.groups")  # the helper loss's own matrices, not part of the model
 FIXED = ("std_bias", "std_scale", "layer_scalar")  # buffers: set once, not trained
 _VISION, _TEXT = "model.vision_tower.", "model.language_model."
 _EPSILON = 1e-6
@@ -61,7 +61,8 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
         f"{_VISION}patch_embedder.position_embedding_table": (2, size.positions, vision),
         f"{_VISION}std_bias": (vision,),
         f"{_VISION}std_scale": (vision,),
-        HELPER: (MAX_SHAPES * MARK_CLASSES, hidden),
+        HELPERS[0]: (MAX_SHAPES * MARK_CLASSES, hidden),
+        HELPERS[1]: (3 * GROUP_CLASSES, hidden),
     }
     for index, kind in enumerate(size.layers):
         heads, dim = (
@@ -70,8 +71,9 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
         layer: dict[str, tuple[int, ...]] = {
             f"{norm}.weight": (hidden,)
             for norm in (
-                "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm_2",
-                "post_feedforward_layernorm", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
+                "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                "pre_feedforward_layernorm_2", "post_feedforward_layernorm", "post_feedforward_layernorm_1",
+                "post_feedforward_layernorm_2",
             )
         }  # fmt: skip
         layer |= {
@@ -98,7 +100,8 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
         layer = {
             f"{norm}.weight": (vision,)
             for norm in (
-                "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+                "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                "post_feedforward_layernorm",
             )
         }  # fmt: skip
         layer |= {f"self_attn.{name}_proj.linear.weight": (vision, vision) for name in "qkvo"}
@@ -133,7 +136,7 @@ def initial(size: Size, seed: int = 0) -> Parameters:
             angles = torch.arange(shape[1])[:, None] * rates
             waves = torch.cat([angles.sin(), angles.cos()], -1) * 0.5
             value[0, :, : 2 * quarter], value[1, :, 2 * quarter :] = waves, waves
-        elif name == HELPER or len(shape) >= 2:
+        elif len(shape) >= 2:
             value.normal_(0, shape[-1] ** -0.5, generator=generator)
         result[name] = value
     return result
@@ -186,8 +189,8 @@ def _rotate_2d(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def vision_qkv(
-    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor,
-    dtype: torch.dtype,
+    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor,
+    sin: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x [pictures, patches, hidden] to queries, keys and values [pictures, patches, heads, dim]."""
     qkv = _linear(rms(x, norm), torch.cat([wq, wk, wv]), dtype).unflatten(-1, (3, -1, q_norm.shape[0]))
@@ -201,8 +204,8 @@ def vision_qkv(
 
 
 def vision_rest(
-    x: Tensor, attended: Tensor, wo: Tensor, norm_1: Tensor, norm_2: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    norm_3: Tensor, dtype: torch.dtype,
+    x: Tensor, attended: Tensor, wo: Tensor, norm_1: Tensor, norm_2: Tensor, gate: Tensor, up: Tensor,
+    down: Tensor, norm_3: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The layer after its attention; attended [pictures, patches, hidden]."""
     x = x + rms(_linear(attended, wo, dtype), norm_1)
@@ -211,10 +214,10 @@ def vision_rest(
 
 
 def text_qkv(
-    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor | None, q_norm: Tensor, k_norm: Tensor, cos: Tensor,
-    sin: Tensor, heads: int, dtype: torch.dtype,
+    x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor | None, q_norm: Tensor, k_norm: Tensor,
+    cos: Tensor, sin: Tensor, heads: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [rows, length, hidden] to queries, keys and values [rows, heads, length, dim], keys repeated for all heads."""
+    """x [rows, length, hidden] to queries, keys, values [rows, heads, length, dim], keys repeated."""
     rows, length, _ = x.shape
     dim = q_norm.shape[0]
     y = rms(x, norm)
@@ -234,10 +237,10 @@ def text_qkv(
 
 
 def text_rest(
-    x: Tensor, attended: Tensor, live: Tensor, wo: Tensor, norm_attention: Tensor, norm_mlp: Tensor, gate: Tensor,
-    up: Tensor, down: Tensor, norm_dense: Tensor, norm_experts: Tensor, norm_experts_in: Tensor, norm_out: Tensor,
-    router_scale: Tensor, router: Tensor, expert_scale: Tensor, gate_up: Tensor, expert_down: Tensor, scalar: Tensor,
-    dtype: torch.dtype,
+    x: Tensor, attended: Tensor, live: Tensor, wo: Tensor, norm_attention: Tensor, norm_mlp: Tensor,
+    gate: Tensor, up: Tensor, down: Tensor, norm_dense: Tensor, norm_experts: Tensor, norm_experts_in: Tensor,
+    norm_out: Tensor, router_scale: Tensor, router: Tensor, expert_scale: Tensor, gate_up: Tensor,
+    expert_down: Tensor, scalar: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer after its attention, and its load balancing loss; attended [rows, length, heads * dim].
 
@@ -271,7 +274,8 @@ def answer_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Cross entropy on the answers, each weighted by its kind and 1 / sqrt(its length).
 
-    Returns the loss, sums per kind [1 + kinds, (loss, hits, tokens)] (row 0: no answer) and hits [rows, length - 1].
+    Returns the loss, sums per kind [1 + kinds, (loss, hits, tokens)] (row 0: no answer) and hits [rows,
+    length - 1].
     """
     logits = _linear(rms(x, norm), embedding, dtype)[:, :-1].float()
     logits = _SOFT_CAP * torch.tanh(logits / _SOFT_CAP)
@@ -284,30 +288,41 @@ def answer_loss(
     return (loss * weight).sum() / weight.sum(), sums, hits
 
 
-def mark_loss(
-    soft: Tensor, weight: Tensor, tokens: Tensor, marks: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The helper: every soft token says which letters or shapes are centered in it, and their ranks.
+def helper_loss(
+    soft: Tensor, mark_weight: Tensor, group_weight: Tensor, tokens: Tensor, marks: Tensor, groups: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The helper: a soft token tells the letters or shapes centered in it, their ranks, how many are alike.
 
-    This tells the vision tower directly what the answers would teach it only slowly. soft [n, 70, hidden], tokens
-    [n] valid soft tokens, marks [n, 8, 2]. Returns the loss and (hits, marks) over the marked ones.
+    This tells the vision tower directly what the answers would teach it only slowly. soft [n, 70, hidden],
+    tokens [n] valid soft tokens, marks [n, 8, 2], groups [n, 8, 3]. Returns the loss and (hits, marks) over
+    the marked ones; the hits need rank, class and group sizes right.
     """
     count = soft.shape[0]
-    logits = _linear(rms(soft), weight, dtype).float().view(count, BUDGET, MAX_SHAPES, MARK_CLASSES)
+    soft = rms(soft)
+    logits = _linear(soft, mark_weight, dtype).float().view(count, BUDGET, MAX_SHAPES, MARK_CLASSES)
     log_shares = torch.log_softmax(logits, -1)
     nothing = (
         log_shares[..., 0] * (torch.arange(BUDGET, device=soft.device) < tokens[:, None]).float()[..., None]
     )
     place, label = marks[..., 0].long(), marks[..., 1].long()
-    marked = (place >= 0).float()
+    marked, place = (place >= 0).float(), place.clamp(min=0)
     rank = torch.arange(MAX_SHAPES, device=soft.device)
-    index = (place.clamp(min=0) * MAX_SHAPES + rank) * MARK_CLASSES
+    index = (place * MAX_SHAPES + rank) * MARK_CLASSES
     found = torch.gather(log_shares.flatten(1), 1, index + label.clamp(min=0))
     empty = torch.gather(log_shares.flatten(1), 1, index)
-    chosen = torch.gather(logits.detach().argmax(-1).flatten(1), 1, place.clamp(min=0) * MAX_SHAPES + rank)
+    chosen = torch.gather(logits.detach().argmax(-1).flatten(1), 1, place * MAX_SHAPES + rank)
     total = marked.sum()
     loss = -(found * marked).sum() - 0.05 * (nothing.sum() - (empty * marked).sum())
-    return loss / total, torch.stack([((chosen == label).float() * marked).sum(), total])
+    sizes = _linear(soft, group_weight, dtype).float().view(count, BUDGET, 3, GROUP_CLASSES)
+    member = place[..., None] * 3 + torch.arange(3, device=soft.device)
+    known, wanted = (groups > 0).float(), groups.long()
+    alike = torch.gather(
+        torch.log_softmax(sizes, -1).flatten(1), 1, (member * GROUP_CLASSES + wanted).flatten(1)
+    ).view(groups.shape)
+    told = torch.gather(sizes.detach().argmax(-1).flatten(1), 1, member.flatten(1)).view(groups.shape)
+    hits = (chosen == label).float() * marked * ((told == wanted).float() * known + 1 - known).amin(-1)
+    return (loss - (alike * known).sum()) / total, torch.stack([hits.sum(), total])
 
 
 @dataclass
@@ -319,7 +334,7 @@ class Kernels:
     text_qkv: Callable[..., Any] = text_qkv
     text_rest: Callable[..., Any] = text_rest
     answer_loss: Callable[..., Any] = answer_loss
-    mark_loss: Callable[..., Any] = mark_loss
+    helper_loss: Callable[..., Any] = helper_loss
 
     def compiled(self) -> "Kernels":
         """With torch.compile around each."""
@@ -346,7 +361,8 @@ class Net:
             return (
                 F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2)
             )
-        # Every picture is two sequences, its patches and its padding, so that the padding is never attended to.
+        # Every picture is two sequences, its patches and its padding, so that the padding is never
+        # attended to.
         begin = torch.arange(pictures, device=q.device) * patches
         bounds = torch.stack([begin, begin + positions.valid.sum(1)], 1).flatten()
         bounds = F.pad(bounds, (0, 1), value=pictures * patches).int()
@@ -370,13 +386,14 @@ class Net:
         for index in range(size.vision_layers):
             layer = _Layer(weights, f"{_VISION}encoder.layers.{index}.", ".linear")
             q, k, v = self.kernels.vision_qkv(
-                x, layer["input_layernorm"], layer["self_attn.q_proj"], layer["self_attn.k_proj"], layer["self_attn.v_proj"],
-                layer["self_attn.q_norm"], layer["self_attn.k_norm"], cos, sin, self.dtype,
+                x, layer["input_layernorm"], layer["self_attn.q_proj"], layer["self_attn.k_proj"],
+                layer["self_attn.v_proj"], layer["self_attn.q_norm"], layer["self_attn.k_norm"], cos, sin,
+                self.dtype,
             )  # fmt: skip
             x = self.kernels.vision_rest(
-                x, self._vision_attention(q, k, v, positions), layer["self_attn.o_proj"], layer["post_attention_layernorm"],
-                layer["pre_feedforward_layernorm"], layer["mlp.gate_proj"], layer["mlp.up_proj"], layer["mlp.down_proj"],
-                layer["post_feedforward_layernorm"], self.dtype,
+                x, self._vision_attention(q, k, v, positions), layer["self_attn.o_proj"],
+                layer["post_attention_layernorm"], layer["pre_feedforward_layernorm"], layer["mlp.gate_proj"],
+                layer["mlp.up_proj"], layer["mlp.down_proj"], layer["post_feedforward_layernorm"], self.dtype,
             )  # fmt: skip
         pooled = x.unflatten(1, (BUDGET, PATCHES // BUDGET)).mean(2) * math.sqrt(size.vision_hidden)
         return (pooled - weights[f"{_VISION}std_bias"]) * weights[f"{_VISION}std_scale"]
@@ -403,8 +420,10 @@ class Net:
         return flat[:spare].view(rows, length, -1)
 
     def text(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder layers over embeddings [rows, length, hidden]; the stream before the last norm, and the balance loss."""
-        size, (rows, length, hidden) = self.size, x.shape
+        """Decoder layers over embeddings [rows, length, hidden]; the stream before the last norm, and the
+        balance loss.
+        """
+        size, (rows, length, _) = self.size, x.shape
         image = ids == SPECIAL_ID["<|image|>"]
         block = torch.where(image, (image & ~F.pad(image[:, :-1], (1, 0))).cumsum(1), 0)
         query, key = torch.arange(length, device=x.device)[:, None], torch.arange(length, device=x.device)
@@ -418,8 +437,8 @@ class Net:
             cos, sin = self._text_angles(kind, length, x.device)
             q, k, v = self.kernels.text_qkv(
                 x, layer["input_layernorm"], layer["self_attn.q_proj"], layer["self_attn.k_proj"],
-                layer["self_attn.v_proj"] if kind == "S" else None, layer["self_attn.q_norm"], layer["self_attn.k_norm"],
-                cos, sin, size.heads, self.dtype,
+                layer["self_attn.v_proj"] if kind == "S" else None, layer["self_attn.q_norm"],
+                layer["self_attn.k_norm"], cos, sin, size.heads, self.dtype,
             )  # fmt: skip
             if kind == "S":
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
@@ -452,13 +471,18 @@ class Net:
         """Answer loss, balance loss, helper loss, sums per kind, hits per token, (helper hits, marks)."""
         ids, tokens = batch["ids"].long(), (batch["grid"][:, 0] * batch["grid"][:, 1]).long()
         soft = self.soft_tokens(pixels, positions)
-        helper, marked = self.kernels.mark_loss(
-            soft, self.parameters[HELPER], tokens, batch["marks"], self.dtype
+        helper, marked = self.kernels.helper_loss(
+            soft,
+            *(self.parameters[name] for name in HELPERS),
+            tokens,
+            batch["marks"],
+            batch["groups"],
+            self.dtype,
         )
         x, balance = self.text(self.embed(ids, soft, batch["start"], tokens), ids)
         loss, sums, hits = self.kernels.answer_loss(
-            x, self.parameters[f"{_TEXT}norm.weight"], self.parameters[f"{_TEXT}embed_tokens.weight"], ids, batch["kind"],
-            batch["size"], kind_weight, self.dtype,
+            x, self.parameters[f"{_TEXT}norm.weight"], self.parameters[f"{_TEXT}embed_tokens.weight"], ids,
+            batch["kind"], batch["size"], kind_weight, self.dtype,
         )  # fmt: skip
         return loss, balance, helper, sums, hits, marked
 
@@ -470,7 +494,9 @@ class Net:
 
 
 class _Layer:
-    """Looks up a layer's tensors by short names: weights with or without ``.weight`` and the vision tower's infix."""
+    """Looks up a layer's tensors by short names: weights with or without ``.weight`` and the vision tower's
+    infix.
+    """
 
     def __init__(self, parameters: Parameters, prefix: str, infix: str = "") -> None:
         self.parameters, self.prefix, self.infix = parameters, prefix, infix

@@ -1,7 +1,8 @@
-"""Questions about scenes and their answers: (kind, question, answer), every answer a fixed function of the scene."""
+"""Questions about scenes and their answers, every answer a fixed function of the scene."""
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gemcut.demo.scenes import COLOR_NAMES, DIGITS, LETTERS, SHAPES, Shape, ShapeScene, SignScene, held_out
@@ -91,11 +92,10 @@ PHRASES: dict[str, list[str]] = {
     "add": ["What is {a} + {b}?", "{a} + {b} = ?"],
 }
 KINDS = [
-    "shape", "color", "where", "where_of", "color_of", "shape_of", "count", "count_shape", "count_color", "list", "exists",
-    "describe", "describe_sign", "background", "read_word", "read_number", "sign_color", "which_image", "which_more",
-    "color_in", "shape_in", "count_in", "repeat", "reverse", "add", "thought",
+    "shape", "color", "where", "where_of", "color_of", "shape_of", "count", "count_shape", "count_color",
+    "list", "exists", "describe", "describe_sign", "background", "read_word", "read_number", "sign_color",
+    "which_image", "which_more", "color_in", "shape_in", "count_in", "repeat", "reverse", "add", "thought",
 ]  # fmt: skip
-NUMBER_WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def plural(shape: str) -> str:
@@ -127,25 +127,17 @@ def phrase(rng: random.Random | None, key: str, **fields: str) -> str:
 
 
 def describe(scene: ShapeScene | SignScene) -> str:
-    """The canonical sentence: groups of equal shapes in the order of their first one, then the background."""
+    """The canonical sentence: every shape in reading order, then the background."""
     if isinstance(scene, SignScene):
         inside = f"{with_article(f'{scene.plate} sign')} that says {scene.text}"
     else:
-        groups = Counter(
-            (shape.color, shape.kind) for shape in scene.shapes
-        )  # keeps the order of first appearance
-        names = [
-            with_article(f"{color} {kind}")
-            if number == 1
-            else f"{NUMBER_WORDS[number]} {color} {plural(kind)}"
-            for (color, kind), number in groups.items()
-        ]
+        names = [with_article(shape.name) for shape in scene.shapes]
         inside = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     sentence = f"{inside} on {with_article(f'{scene.look.background} background')}."
     return sentence[0].upper() + sentence[1:]
 
 
-def describe_all(scenes: list[ShapeScene | SignScene]) -> str:
+def describe_all(scenes: Sequence[ShapeScene | SignScene]) -> str:
     """One sentence a picture: what the model thinks when thinking is on."""
     return "\n".join(describe(scene) for scene in scenes)
 
@@ -241,7 +233,9 @@ def ask_two(rng: random.Random, first: ShapeScene, second: ShapeScene) -> list[Q
 
 
 def ask_text(rng: random.Random, unseen: bool = False) -> QA:
-    """A question without a picture. ``unseen``: of a held-out string (sums of two digits are too few to hold out)."""
+    """A question without a picture. ``unseen``: of a held-out string (sums of two digits are too few to hold
+    out).
+    """
     kind = rng.choices(["repeat", "reverse", "add"], [40, 35, 25])[0]
     if kind == "add":
         a, b = rng.randint(0, 9), rng.randint(0, 9)

@@ -1,7 +1,8 @@
 """Scenes drawn with torch, on the device that trains: thousands of pictures a second, straight into patches.
 
-Every picture takes PATCHES patches of 16 x 16 px in the order of its soft tokens, nine for each, so that the vision
-tower's pooling is a mean over nine neighbors; patches beyond the picture's grid are filled with anything.
+Every picture takes PATCHES patches of 16 x 16 px in the order of its soft tokens, nine for each, so that the
+vision tower's pooling is a mean over nine neighbors; patches beyond the picture's grid are filled with
+anything.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,9 @@ _STAR_STEP = 6.2831853 / 5
 
 
 class Positions(NamedTuple):
-    """Patch columns and rows, int64 [pictures, PATCHES]; whether a patch is inside the grid, bool, same shape."""
+    """Patch columns and rows, int64 [pictures, PATCHES]; whether a patch is inside the grid, bool, same
+    shape.
+    """
 
     x: Tensor
     y: Tensor
@@ -120,7 +123,9 @@ def draw_signs(
     positions_y: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Pictures of signs; signs [n, 16], masks uint8 [n, MASK_CAPACITY], the rest and the result as in draw_shapes."""
+    """Pictures of signs; signs [n, 16], masks uint8 [n, MASK_CAPACITY], the rest and the result as in
+    draw_shapes.
+    """
     x, y = pixel_coordinates(positions_x, positions_y, stretch)
     canvas = grid.flip(1).float() * 48 * stretch
     center_x, center_y, cos, sin, half_width, half_height, scale, width, height = (

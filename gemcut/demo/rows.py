@@ -1,7 +1,8 @@
 """Training batches: scenes become numbers for the torch renderer, questions become rows of tokens.
 
-A batch is one byte buffer of a fixed layout, filled by CPU workers and copied to the device as it is. Its rows are
-chats in Gemma 4's format: rows about one picture of shapes, about one sign, about two pictures, and without any.
+A batch is one byte buffer of a fixed layout, filled by CPU workers and copied to the device as it is. Its
+rows are chats in Gemma 4's format: rows about one picture of shapes, about one sign, about two pictures, and
+without any.
 """
 
 import math
@@ -23,6 +24,7 @@ from gemcut.demo.scenes import (
     Scene,
     ShapeScene,
     SignScene,
+    groups,
     lettering_of,
     marks,
     sample_shapes,
@@ -80,11 +82,8 @@ class Layout:
             ("shapes", np.float32, (self.shape_pictures, PLACES, SHAPE_FIELDS)),
             ("signs", np.float32, (self.signs, SIGN_FIELDS)),
             ("masks", np.uint8, (self.signs, MASK_CAPACITY)),
-            (
-                "marks",
-                np.int16,
-                (self.pictures, MAX_SHAPES, 2),
-            ),  # (soft token, class), -1 where there is none
+            ("groups", np.int8, (self.pictures, MAX_SHAPES, 3)),  # see scenes.groups, 0 where there is none
+            ("marks", np.int16, (self.pictures, MAX_SHAPES, 2)),  # see scenes.marks, -1 where there is none
         ]
         result, offset = {}, 0
         for name, kind, shape in shapes:
@@ -118,17 +117,17 @@ def shape_vectors(scene: ShapeScene) -> np.ndarray:
     result[:, 0], result[:, 3] = -1, 1
     for shape in scene.shapes:
         result[shape.place] = [
-            SHAPES.index(shape.kind), shape.x, shape.y, shape.radius, math.cos(shape.angle), math.sin(shape.angle),
-            shape.ring, *shape.rgb,
+            SHAPES.index(shape.kind), shape.x, shape.y, shape.radius, math.cos(shape.angle),
+            math.sin(shape.angle), shape.ring, *shape.rgb,
         ]  # fmt: skip
     return result
 
 
 def sign_vector(scene: SignScene, mask_size: tuple[int, int], scale: float) -> list[float]:
-    """A sign for the torch renderer; ``mask_size`` (width, height) and ``scale`` are those of its lettering."""
+    """A sign for the torch renderer; ``mask_size`` (width, height) and ``scale`` are its lettering's."""
     return [
-        scene.x, scene.y, math.cos(scene.angle), math.sin(scene.angle), scene.half_width, scene.half_height, 1 / scale,
-        *mask_size, *scene.plate_rgb, *scene.ink_rgb, float(scene.plate is not None),
+        scene.x, scene.y, math.cos(scene.angle), math.sin(scene.angle), scene.half_width, scene.half_height,
+        1 / scale, *mask_size, *scene.plate_rgb, *scene.ink_rgb, float(scene.plate is not None),
     ]  # fmt: skip
 
 
@@ -160,7 +159,7 @@ class RowWriter:
         return (ids, starts) if tokens else (list(question), [])
 
     def write(
-        self, scenes: list[Scene], asked: list[QA], ids: np.ndarray, kind: np.ndarray, size: np.ndarray
+        self, scenes: Sequence[Scene], asked: list[QA], ids: np.ndarray, kind: np.ndarray, size: np.ndarray
     ) -> list[int]:
         """Fill the row (ids zeroed, kind -1 before); returns where each picture's soft tokens start."""
         rng, encode = self.rng, self.encode
@@ -245,7 +244,8 @@ class BatchMaker:
         return Canvas.of(*sample_size(self.rng))
 
     def make(self, smallest: float = 30.0, easy: float = 0.0) -> np.ndarray:
-        """One batch as a byte buffer. ``smallest``: least font size in px. ``easy``: share of ordinary aspects
+        """One batch as a byte buffer. ``smallest``: least font size in px. ``easy``: share of ordinary
+        aspects
         (between 0, all aspects as sampled, and 1) for the first steps of a training."""
         layout, rng = self.layout, self.rng
         buffer = np.zeros(layout.bytes, np.uint8)
@@ -272,6 +272,7 @@ class BatchMaker:
                 if isinstance(scene, ShapeScene):
                     batch["shapes"][picture] = shape_vectors(scene)
                     found = marks(scene)
+                    batch["groups"][picture, : len(found)] = groups(scene)
                 else:
                     detail = rng.uniform(0.7, 1.35) / (1 + 0.8 * scene.look.blur)
                     mask, centers, scale = lettering_of(scene, fitting_detail(scene, detail))

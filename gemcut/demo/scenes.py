@@ -1,14 +1,14 @@
 """What a picture shows, as parameters: drawn by ``render_pil`` (PIL) and by ``render`` (torch) alike.
 
 All lengths are in canvas px: the canvas has the picture's aspect ratio and the area of the processor's budget
-(70 soft tokens of 48 x 48 px), so a canvas px is about one px of what the model sees. The processor then squeezes
-the canvas a little to whole soft tokens; ``Canvas.stretch`` says by how much.
+(70 soft tokens of 48 x 48 px), so a canvas px is about one px of what the model sees. The processor then
+squeezes the canvas a little to whole soft tokens; ``Canvas.stretch`` says by how much.
 """
 
 import math
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +42,13 @@ SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
 SYMBOLS = LETTERS + DIGITS
-WORDS = (
-    "STOP OPEN EXIT TAXI CAFE BANK PARK SALE HOTEL PIZZA BUS ZOO SHOP FIRE HELP MILK PUSH PULL GATE ROAD FOOD CITY CLUB "
-    "GOLD POST ROOM TRAM WIFI LIVE DESK BOOK GAME NEWS GOAL RICE LAMP TREE COLD HOT TEA BAKERY MARKET SCHOOL STREET "
-    "TICKET POLICE MUSEUM GARDEN BRIDGE CINEMA OFFICE DOCTOR COFFEE FRESH BREAD WATER LIGHT MUSIC RADIO TRAIN SLOW"
-).split()
+WORDS = [
+    "STOP", "OPEN", "EXIT", "TAXI", "CAFE", "BANK", "PARK", "SALE", "HOTEL", "PIZZA", "BUS", "ZOO", "SHOP",
+    "FIRE", "HELP", "MILK", "PUSH", "PULL", "GATE", "ROAD", "FOOD", "CITY", "CLUB", "GOLD", "POST", "ROOM",
+    "TRAM", "WIFI", "LIVE", "DESK", "BOOK", "GAME", "NEWS", "GOAL", "RICE", "LAMP", "TREE", "COLD", "HOT",
+    "TEA", "BAKERY", "MARKET", "SCHOOL", "STREET", "TICKET", "POLICE", "MUSEUM", "GARDEN", "BRIDGE", "CINEMA",
+    "OFFICE", "DOCTOR", "COFFEE", "FRESH", "BREAD", "WATER", "LIGHT", "MUSIC", "RADIO", "TRAIN", "SLOW",
+]  # fmt: skip
 
 _GRID_PLACES = [
     "top left",
@@ -63,7 +65,7 @@ _LINE_PLACES = {"row": ["left", "center", "right"], "column": ["top", "center", 
 
 
 def held_out(key: str) -> bool:
-    """Whether an item (a word, a number, a combination) is kept out of training: one in sixteen, by its CRC."""
+    """Whether an item (word, number, combination) is kept out of training: one in sixteen, by its CRC."""
     return zlib.crc32(key.encode()) % 16 == 0
 
 
@@ -230,8 +232,8 @@ def sample_shapes(
 ) -> ShapeScene:
     """A scene of one to ``most`` shapes.
 
-    Combinations of color, shape and place that ``held_out`` names never appear, unless ``unseen``: then at least
-    one does.
+    Combinations of color, shape and place that ``held_out`` names never appear, unless ``unseen``: then at
+    least one does.
     """
     while True:
         look = sample_look(rng)
@@ -269,7 +271,8 @@ def sample_shapes(
 
 
 def sample_text(rng: random.Random, unseen: bool = False) -> str:
-    """A word of two to six letters (mostly random ones) or a number of one to four digits; ``unseen``: a held-out one.
+    """A word of two to six letters (mostly random ones) or a number of one to four digits; ``unseen``: a
+    held-out one.
 
     Words of only I and O are left out: on a sign they look like numbers.
     """
@@ -302,9 +305,10 @@ def sample_sign(
 ) -> SignScene:
     """A scene with one sign.
 
-    ``fonts``: files by family. ``smallest``: least font size in px after the processor (a letter of such a font is
-    about two thirds as wide); long words in narrow pictures can be a little smaller. ``unseen``: a held-out text.
-    ``variety``: how often letters are spaced, emboldened, stretched or slanted; training uses 1.
+    ``fonts``: files by family. ``smallest``: least font size in px after the processor (a letter of such a
+    font is about two thirds as wide); long words in narrow pictures can be a little smaller. ``unseen``: a
+    held-out text. ``variety``: how often letters are spaced, emboldened, stretched or slanted; training uses
+    1.
     """
     look = sample_look(rng)
     text = text or sample_text(rng, unseen)
@@ -343,14 +347,17 @@ def sample_sign(
 
 
 def lettering_of(scene: SignScene, px_per_canvas: float) -> tuple[Image.Image, np.ndarray, float]:
-    """The sign's lettering for a drawing scale: mask, letter centers (mask px from its middle), px per canvas px."""
+    """The sign's lettering for a drawing scale: mask, letter centers (mask px from its middle), px per canvas
+    px.
+    """
     size = max(8, round(scene.em * px_per_canvas))
     mask, centers = lettering.draw(scene.text, scene.style, size)
     return mask, centers, size / scene.em
 
 
 def marks(scene: Scene, centers: np.ndarray | None = None, scale: float = 1.0) -> list[tuple[int, int]]:
-    """What is where, for the training's helper loss: (soft token, class) of every letter or shape, in reading order.
+    """What is where, for the training's helper loss: (soft token, class) of every letter or shape, in reading
+    order.
 
     Class 0 is "nothing", then the symbols, then the colored shapes. ``centers`` and ``scale`` are those of
     ``lettering_of`` and are needed for signs.
@@ -376,4 +383,22 @@ def marks(scene: Scene, centers: np.ndarray | None = None, scale: float = 1.0) -
 
 
 MARK_CLASSES = 1 + len(SYMBOLS) + len(COLOR_NAMES) * len(SHAPES)
-Sampler = Callable[[random.Random], Scene]
+GROUP_CLASSES = MAX_SHAPES + 2
+
+
+def groups(scene: ShapeScene) -> list[tuple[int, int, int]]:
+    """How many shapes are like each one, for the training's helper loss: by name, by kind, by color.
+
+    By name only the first of a group has its size; the later ones have the last class, "seen before".
+    """
+    names, kinds, colors = (
+        [getattr(shape, field) for shape in scene.shapes] for field in ("name", "kind", "color")
+    )
+    return [
+        (
+            names.count(name) if name not in names[:index] else GROUP_CLASSES - 1,
+            kinds.count(kinds[index]),
+            colors.count(colors[index]),
+        )
+        for index, name in enumerate(names)
+    ]

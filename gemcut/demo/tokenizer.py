@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE with Gemma 4's special tokens in front, one token a capital letter or digit."""
+"""The demo's tokenizer: byte-level BPE, Gemma 4's special tokens in front, each capital and digit a token."""
 
 import functools
 import json
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gemcut.demo.questions import NUMBER_WORDS, PHRASES, phrase, plural, with_article
+from gemcut.demo.questions import PHRASES, phrase, plural, with_article
 from gemcut.demo.scenes import BACKGROUNDS, COLOR_NAMES, SHAPES
 
 SPECIALS = [
-    "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>",
-    "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
-    "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>",
+    "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>",
+    "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
+    '<|"|>', "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>",
 ]  # fmt: skip
 SPECIAL_ID = {token: index for index, token in enumerate(SPECIALS)}
 VOCABULARY = 512
@@ -36,7 +36,8 @@ def _corpus() -> list[str]:
             color, shape = rng.choice(COLOR_NAMES), rng.choice(SHAPES)
             name = f"{color} {shape}"
             lines.append(
-                phrase(rng, key, item=name, an_item=with_article(name), shape=shape, shapes=plural(shape), hue=color,
+                phrase(rng, key, item=name, an_item=with_article(name), shape=shape, shapes=plural(shape),
+                hue=color,
                        nth=rng.choice(["first", "second"]), text="", a="", b="")
             )  # fmt: skip
     for color in BACKGROUNDS:
@@ -46,7 +47,7 @@ def _corpus() -> list[str]:
                 name,
                 f"{with_article(name)}, {name} and {with_article(name)} on {with_article(color)} background.",
             ]
-            lines += [f"{number} {color} {plural(shape)}," for number in NUMBER_WORDS[2:]]
+            lines.append(f"{color} {plural(shape)},")
     lines += [f"{with_article(color)} sign that says " for color in COLOR_NAMES] * 6
     lines += [
         "top left",
@@ -59,7 +60,6 @@ def _corpus() -> list[str]:
         "left",
         "right",
     ] * 20
-    lines += [f" {number}" for number in NUMBER_WORDS[2:]] * 20
     return lines
 
 

@@ -1,8 +1,8 @@
 """Train the demo from nothing: python -m gemcut.demo.train --seconds 560 --out DIR
 
 One GPU needs less than ten minutes. CPU workers draw scenes and write rows, the device draws the pictures and
-trains; on a GPU the whole step is one CUDA graph. Writes DIR/state.safetensors (float32) now and then, and at the
-end DIR/checkpoint, the folder that ships.
+trains; on a GPU the whole step is one CUDA graph. Writes DIR/state.safetensors (float32) now and then, and at
+the end DIR/checkpoint, the folder that ships.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemcut.demo import export, fonts, net, render
@@ -34,15 +34,18 @@ _TORCH_TYPES = {
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.float32): torch.float32,
 }
-# What a kind's errors cost, before the weighting by its accuracy: reading is the hardest, text the least wanted.
+# What a kind's errors cost, before the weighting by its accuracy: counting a kind and reading are the
+# hardest, text is the least wanted.
 _IMPORTANCE = {
-    "read_word": 2.0,
+    "count_shape": 3.0,
+    "count_color": 3.0,
+    "read_word": 2.5,
     "read_number": 1.5,
-    "describe_sign": 1.3,
+    "describe_sign": 1.5,
     "list": 1.5,
     "describe": 1.5,
     "count": 1.3,
-} | {kind: 0.5 for kind in ("repeat", "reverse", "add", "thought")}
+} | dict.fromkeys(("repeat", "reverse", "add", "thought"), 0.5)
 _REPORT_SECONDS, _SAVE_SECONDS = 10, 100
 
 
@@ -155,15 +158,17 @@ class Trainer:
         cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.buffer = torch.zeros(layout.bytes, dtype=torch.uint8, device=device)
+        parameters = net.initial(size, arguments.seed)
+        if arguments.start:
+            weights = load_file(Path(arguments.start) / "model.safetensors")
+            parameters |= {name: value.float() for name, value in weights.items()}
         self.batch = {
             name: self.buffer[offset : offset + math.prod(shape) * dtype.itemsize]
             .view(_TORCH_TYPES[dtype])
             .view(shape)
             for name, (offset, dtype, shape) in layout.fields().items()
         }
-        self.optimizer = Optimizer(
-            net.initial(size, arguments.seed), device, arguments.rate, arguments.adam_rate, 0.05
-        )
+        self.optimizer = Optimizer(parameters, device, arguments.rate, arguments.adam_rate, 0.05)
         self.net = net.Net(size, self.optimizer.parameters, self.dtype, flash=cuda)
         self.draw_shapes, self.draw_signs = render.draw_shapes, render.draw_signs
         self.kind_weight = torch.tensor([0.0, *(_IMPORTANCE.get(kind, 1.0) for kind in KINDS)], device=device)
@@ -184,17 +189,13 @@ class Trainer:
         positions = render.patch_positions(batch["grid"])
         shape = (self.layout.pictures, render.PATCHES * render.PATCH**2, 3)
         noise = torch.randn(shape, device=self.device, dtype=self.dtype)
-        look, grid, stretch = batch["look"], batch["grid"], batch["stretch"]
-        first, rest = slice(None, count), slice(count, None)
+        common = (batch["look"], batch["grid"], batch["stretch"], positions.x, positions.y, noise)
         drawn = [
-            self.draw_shapes(
-                batch["shapes"], look[first], grid[first], stretch[first], positions.x[first], positions.y[first], noise[first]
-            ).to(self.dtype),
-            self.draw_signs(
-                batch["signs"], batch["masks"], look[rest], grid[rest], stretch[rest], positions.x[rest], positions.y[rest],
-                noise[rest],
-            ).to(self.dtype),
-        ]  # fmt: skip
+            self.draw_shapes(batch["shapes"], *(part[:count] for part in common)).to(self.dtype),
+            self.draw_signs(batch["signs"], batch["masks"], *(part[count:] for part in common)).to(
+                self.dtype
+            ),
+        ]
         # Levels 0..255 are exact in bf16; scaling them in float32 rounds as the model's own bf16 input does.
         pixels = torch.cat(drawn).float() / 255 * 2 - 1
         return pixels.to(self.dtype).view(self.layout.pictures, render.PATCHES, 768), positions
@@ -246,7 +247,8 @@ class Trainer:
         return graph
 
     def validate(self, batches: list[np.ndarray]) -> dict[str, tuple[float, int]]:
-        """Share of answers with every token right (teacher forcing, so the same as greedy), and their number, per kind.
+        """Share of answers with every token right (teacher forcing, so the same as greedy), and their number,
+        per kind.
 
         Not under no_grad, for which everything would be compiled once more.
         """
@@ -269,7 +271,7 @@ class Trainer:
 
 def reweigh(accuracy: np.ndarray) -> list[float]:
     """Weight of each kind by its accuracy per token: what is right already counts less."""
-    weight = [min(1.5, max(0.3, 0.3 + 5 * (1 - value))) for value in accuracy[1:]]
+    weight = [min(1.5, 0.1 + 8 * (1 - value)) for value in accuracy[1:]]
     return [0.0, *(_IMPORTANCE.get(kind, 1.0) * value for kind, value in zip(KINDS, weight, strict=True))]
 
 
@@ -305,8 +307,8 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
     trainer = Trainer(layout, net.Size(), arguments, device)
     optimizer = trainer.optimizer
     say(
-        "device", torch.cuda.get_device_name() if cuda else "cpu", "parameters", sum(p.numel() for p in net.initial(net.Size()).values()),
-        "rows", layout.rows, "pictures", layout.pictures,
+        "device", torch.cuda.get_device_name() if cuda else "cpu", "parameters", sum(p.numel() for p in
+        net.initial(net.Size()).values()), "rows", layout.rows, "pictures", layout.pictures,
     )  # fmt: skip
     maker = BatchMaker(
         layout,
@@ -318,7 +320,8 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
     )
     held_out = [maker.make(smallest=34) for _ in range(arguments.validation)]
     trainer.load(batches.get())
-    trainer.calibrate()
+    if not arguments.start:
+        trainer.calibrate()
     say("loss before training", round(trainer.losses()[0].item(), 3))
     start = [tensor.clone() for tensor in optimizer.tensors()]
     if arguments.compile:
@@ -383,8 +386,10 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
             trainer.kind_sums.zero_()
             milliseconds = 1000 * (time.time() - last_report) / max(1, step - reported)
             say(
-                f"step {step} loss {loss / steps:.4f} balance {balance / steps:.3f} helper {helper / steps:.4f} found "
-                f"{hits / max(1, marks):.4f} norm {norm / steps:.3f} ms {milliseconds:.1f} waited {waited:.1f} |",
+                f"step {step} loss {loss / steps:.4f} balance {balance / steps:.3f}",
+                f"helper {helper / steps:.4f}",
+                f"found {hits / max(1, marks):.4f} norm {norm / steps:.3f} ms {milliseconds:.1f}",
+                f"waited {waited:.1f} |",
                 " ".join(f"{kind}:{value:.3f}" for kind, value in zip(KINDS, accuracy[1:], strict=True)),
             )
             last_report, reported = time.time(), step
@@ -404,9 +409,8 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
             last_save = time.time()
     if cuda:
         torch.cuda.synchronize()
-    say(
-        f"end: steps {step}, pictures {step * layout.pictures}, seconds {time.time() - first:.1f}, waited {waited:.1f}"
-    )
+    took = time.time() - first
+    say(f"end: steps {step}, pictures {step * layout.pictures}, seconds {took:.1f}, waited {waited:.1f}")
     state = trainer.state()
     save_file(state, out / "state.safetensors")
     export.write(state, net.Size(), out / "checkpoint")
@@ -431,8 +435,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
     result.add_argument("--out", default="demo-training")
+    result.add_argument(
+        "--start", default=None, help="a checkpoint folder to continue from, not from nothing"
+    )
     result.add_argument("--fonts", default=None, help="a folder of fonts instead of the installed packages")
-    result.add_argument("--rows", default="60,120,34,8", help="rows a step: shapes, signs, pairs, text")
+    result.add_argument("--rows", default="76,120,26,4", help="rows a step: shapes, signs, pairs, text")
     result.add_argument("--workers", type=int, default=13)
     result.add_argument("--threads", type=int, default=2, help="of PyTorch on a CPU")
     result.add_argument("--validation", type=int, default=12, help="held-out batches")
@@ -440,7 +447,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rate", type=float, default=0.02)
     result.add_argument("--adam-rate", type=float, default=3e-3)
     result.add_argument(
-        "--cooldown", type=float, default=0.5, help="share of the time over which the rate falls to 0"
+        "--cooldown", type=float, default=0.7, help="share of the time over which the rate falls to 0"
     )
     result.add_argument("--seed", type=int, default=1)
     return result
