@@ -11,6 +11,8 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,10 +23,13 @@ from gemcut.engine.loop import Engine, Job, Update
 from gemcut.engine.model_files import ChatPrompt, ModelFiles, RawPrompt, chat_options, raw_prompt
 from gemcut.engine.service import Service
 from gemcut.errors import GemcutError, InvalidRequest
+from gemcut.media.workers import MediaWorkers
 from gemcut.outputs import Delta, RequestOutput, Stats
+from gemcut.prompt.template import media_parts
 from gemcut.runner.start import Used, largest_block, start
 from gemcut.sampling import SamplingParams
 
+MANY_PICTURES = 16  # from here on it pays to start processes that decode them
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
 Message = Mapping[str, Any]
@@ -108,11 +113,12 @@ class LLM:
 
         chat_template_kwargs: enable_thinking, preserve_thinking. mm_processor_kwargs: max_soft_tokens, the
         budget of each picture (70, 140, 280, 560 or 1120). Pictures in messages: `{"type": "image",
-        "image": path, bytes, Pillow image or array}` or OpenAI's `image_url` with a data URI.
+        "image": path, bytes, Pillow image or array}` or OpenAI's `image_url` with a data URI. They are
+        decoded in this process if they are fewer than 16, otherwise in worker processes, side by side.
         """
         conversations = [messages] if _is_conversation(messages) else messages
         options = chat_options(chat_template_kwargs, mm_processor_kwargs)
-        prompts = [self.files.chat_prompt(c, tools=tools, **options) for c in conversations]  # type: ignore[arg-type]
+        prompts = self._prompts(conversations, tools=tools, **options)  # type: ignore[arg-type]
         return self._run(prompts, sampling_params, chat=True, use_tqdm=use_tqdm)
 
     def stream(
@@ -133,6 +139,13 @@ class LLM:
             self._engine.abort(job.request_id)
             while not self._engine.idle:
                 self._engine.step()
+
+    def _prompts(self, conversations: Sequence[Conversation], **options: Any) -> list[ChatPrompt]:
+        if sum(len(media_parts(conversation)) for conversation in conversations) < MANY_PICTURES:
+            return [self.files.chat_prompt(conversation, **options) for conversation in conversations]
+        with MediaWorkers() as workers, ThreadPoolExecutor(8) as threads:
+            render = partial(self.files.chat_prompt, load_media=workers.load, **options)
+            return list(threads.map(render, conversations))
 
     def _raw(self, prompt: RawPrompt) -> Prompt:
         return raw_prompt(self.files, prompt)
@@ -185,6 +198,7 @@ class AsyncLLM:
         self.files = open_files(self.config)
         self._engine, self.used = start_engine(self.config, self.files, max_waiting=max_waiting)
         self._service = Service(self._engine, self._publish)
+        self._media = MediaWorkers()  # starts nothing before the first picture
         self._listeners: dict[str, Callable[[Update | BaseException], None]] = {}
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
@@ -198,9 +212,11 @@ class AsyncLLM:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Abort what runs and end the engine's thread."""
+        """Abort what runs; end the engine's thread and the worker processes."""
+        self._media.close()
         self._service.stop()
         self._thread.join()
+        self._engine.close()
 
     async def stream(
         self,
@@ -221,7 +237,9 @@ class AsyncLLM:
             prompt = messages
         else:
             options = chat_options(chat_template_kwargs, mm_processor_kwargs)
-            prompt = await asyncio.to_thread(self.files.chat_prompt, messages, tools=tools, **options)
+            prompt = await asyncio.to_thread(
+                self.files.chat_prompt, messages, tools=tools, load_media=self._media.load, **options
+            )
         job = Job(
             request_id=request_id or f"r{next(self._numbers)}",
             prompt=prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,105 @@ from typing import Any
 from gemcut.errors import CheckpointError, InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_GRAMMAR_BYTES = 256 << 10
+MAX_CHOICES = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """The form that an answer must have; exactly one of these.
+
+    json_schema: a schema, as a mapping or as JSON text. regex: for the whole answer. choice: strings, one of
+    which is the answer. grammar: in Lark's notation, as llguidance reads it. json_object: any JSON object.
+    Raises InvalidRequest naming the field; whether a grammar is one shows when it is compiled.
+    """
+
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choice, Sequence) and not isinstance(self.choice, str | tuple):
+            object.__setattr__(self, "choice", tuple(self.choice))
+        if not isinstance(self.json_object, bool):
+            raise InvalidRequest(
+                f"json_object must be true or false, got {self.json_object!r}.",
+                "structured_outputs.json_object",
+            )
+        given = [
+            name for name in ("json_schema", "regex", "choice", "grammar") if getattr(self, name) is not None
+        ]
+        given += ["json_object"] if self.json_object else []
+        if len(given) != 1:
+            raise InvalidRequest(
+                "structured_outputs needs exactly one of json_schema, regex, choice, grammar, json_object; "
+                f"got {', '.join(given) or 'none'}.",
+                "structured_outputs",
+            )
+        kind = given[0]
+        try:
+            size = len(self.source()[1].encode())
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                f"The {kind} has half of a surrogate pair. Send whole characters.",
+                f"structured_outputs.{kind}",
+            ) from None
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(
+                f"The {kind} has {size:,} bytes; at most {MAX_GRAMMAR_BYTES:,} are accepted.",
+                f"structured_outputs.{kind}",
+            )
+
+    def source(self) -> tuple[str, str]:
+        """The name of the field that is set, and its content as text (a schema or a list as JSON)."""
+        if self.json_object:
+            return "json_object", '{"type":"object"}'
+        if self.regex is not None:
+            return "regex", _text("regex", self.regex)
+        if self.grammar is not None:
+            return "grammar", _text("grammar", self.grammar)
+        if self.choice is not None:
+            return "choice", _choices(self.choice)
+        assert self.json_schema is not None, "exactly one field is set"
+        return "json_schema", _schema(self.json_schema)
+
+
+def _text(name: str, text: Any) -> str:
+    if not isinstance(text, str) or not text:
+        raise InvalidRequest(f"{name} must be text that is not empty.", f"structured_outputs.{name}")
+    return text
+
+
+def _choices(choices: Any) -> str:
+    if (
+        not isinstance(choices, tuple)
+        or not 1 <= len(choices) <= MAX_CHOICES
+        or not all(isinstance(text, str) and text for text in choices)
+    ):
+        raise InvalidRequest(
+            f"choice must be a list of 1 to {MAX_CHOICES:,} strings that are not empty.",
+            "structured_outputs.choice",
+        )
+    return json.dumps(choices, ensure_ascii=False)
+
+
+def _schema(schema: Any) -> str:
+    param = "structured_outputs.json_schema"
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(value, Mapping):
+            raise InvalidRequest(
+                f"json_schema must be an object, or the JSON text of one; it is {type(value).__name__}.",
+                param,
+            )
+        # in the order that was given: it is the order in which properties are written
+        return schema if isinstance(schema, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise InvalidRequest("json_schema is nested too deeply. Use $ref.", param) from None
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"json_schema is not JSON: {error}.", param) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +126,8 @@ class SamplingParams:
     logprobs: this many likeliest tokens with each token, of the model's own distribution (before
     penalties and temperature); prompt_logprobs: the same for the prompt.
     seed: the same seed draws the same random numbers whatever else runs; None draws one.
+    structured_outputs: the form that the answer's text must have. It rules the reply behind its thought, if
+    the model may think, and leaves no room for tool calls.
     Raises InvalidRequest naming the field that is out of range.
     """
 
@@ -47,6 +149,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     seed: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -81,6 +184,20 @@ class SamplingParams:
                 raise InvalidRequest(
                     f"logit_bias of token {token} must lie between -100 and 100, got {bias!r}.", "logit_bias"
                 )
+
+        if self.structured_outputs is not None:
+            self._check_structured()
+
+    def _check_structured(self) -> None:
+        if not isinstance(self.structured_outputs, StructuredOutputs):
+            kind = type(self.structured_outputs).__name__
+            raise InvalidRequest(
+                f"structured_outputs must be StructuredOutputs, got {kind}.", "structured_outputs"
+            )
+        # each of these could leave no token at all: a complete grammar admits nothing but the end
+        for name, unset in (("min_tokens", 0), ("ignore_eos", False), ("allowed_token_ids", None)):
+            if getattr(self, name) != unset:
+                raise InvalidRequest(f"{name} cannot be combined with structured_outputs.", name)
 
     def check_ids(self, vocab: int) -> None:
         """Raise InvalidRequest if an id of the request lies outside a vocabulary of this size."""

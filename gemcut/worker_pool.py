@@ -348,11 +348,13 @@ def _environment() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildLimits:
-    """What a worker process may use: bytes of address space, seconds of CPU for one job, descriptors."""
+    """What a worker process may use: bytes of address space, seconds of CPU for one job, descriptors, and
+    bytes of stack where recursion is to be caught early."""
 
     memory_bytes: int
     cpu_s: float
     descriptors: int = 32
+    stack_bytes: int | None = None
 
 
 Handler = Callable[[memoryview], Sequence[Buffer]]
@@ -381,6 +383,8 @@ def serve(start: Callable[[memoryview], Handler], limits: ChildLimits) -> None:
         (resource.RLIMIT_NOFILE, limits.descriptors),
     ):
         resource.setrlimit(what, (most, most))
+    if limits.stack_bytes is not None:  # the main thread's stack grows on demand, up to the limit of now
+        resource.setrlimit(resource.RLIMIT_STACK, (limits.stack_bytes, limits.stack_bytes))
     _write_frame(target, [_READY])
     while (frame := _read_frame(source)) is not None:
         # The parent has its own clock; this one counts if the parent is gone.

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from gemcut.data import Step, StepResult, TokenLogprobs
 from gemcut.engine.answer import Answer
 from gemcut.engine.limits import Limits
@@ -22,6 +24,7 @@ from gemcut.engine.scheduler import Scheduler
 from gemcut.engine.sequence import End, Progress, Request
 from gemcut.errors import InvalidRequest
 from gemcut.outputs import Delta, FinishReason, RequestOutput, Stats, Timings, Usage
+from gemcut.prompt.grammar import Grammar, Grammars, GrammarState, Phase
 from gemcut.sampling import SamplingParams, SlotSampling
 
 REASONS: Mapping[End, FinishReason] = {
@@ -89,10 +92,27 @@ class Engine:
         self._groups: dict[str, _Group] = {}
         self._in_flight: deque[Step] = deque()
         self._num_steps = 0
-        self._slots: dict[int, str] = {}  # slot -> sequence seated there by the steps launched so far
+        self._slots: dict[int, str] = {}  # slot -> sequence seated there by the steps settled so far
+        self.grammars = Grammars(
+            files.tokenizer,
+            files.plan.text.vocab,
+            files.defaults.eos,
+            suppressed=files.defaults.suppressed,
+        )
+        self._states: dict[str, GrammarState] = {}  # of the sequences that a grammar rules
+        self._seated: dict[int, str] = {}  # slot -> sequence seated there by the steps launched so far
+        self._failures: dict[str, str] = {}  # sequences that a grammar ended, until their end is news
 
-    def add(self, job: Job) -> None:
-        """Queue a job. Raises InvalidRequest or Overloaded; then nothing of it stays."""
+    def close(self) -> None:
+        """End what the engine started beside itself. It takes no grammars after that."""
+        self.grammars.close()
+
+    def add(self, job: Job, grammar: Grammar | None = None) -> None:
+        """Queue a job. Raises InvalidRequest or Overloaded; then nothing of it stays.
+
+        grammar: what `grammars.compile` made of the job's structured outputs, for callers with other
+        requests to look after; by default it is compiled here and now, which may take seconds.
+        """
         if job.request_id in self._groups:
             raise InvalidRequest(f"The request id {job.request_id!r} is in use.", "request_id")
         params = self.files.defaults.fill(job.params)
@@ -100,6 +120,8 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self.files.defaults.eos)
         )
+        if params.structured_outputs is not None and grammar is None:
+            grammar = self.grammars.compile(params.structured_outputs)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         now = time.monotonic()
         group = _Group(job, [], now)
@@ -124,12 +146,15 @@ class Engine:
                         priority=job.priority,
                         deadline_s=None if job.deadline_s is None else now + job.deadline_s,
                         salt=job.salt,
+                        waits_for_token=grammar is not None,
                         reads_prefix=params.prompt_logprobs is None,
                         sampling=sampling,
                     ),
                     now,
                 )
                 submitted.append(sequence_id)
+                if grammar is not None:
+                    self._states[sequence_id] = self.grammars.begin(grammar, _phase(job.prompt))
                 group.answers.append(
                     Answer(
                         index,
@@ -142,6 +167,7 @@ class Engine:
         except BaseException:
             for sequence_id in submitted:
                 self.scheduler.abort(sequence_id)
+                self._states.pop(sequence_id, None)
             self._discard_news(set(submitted))
             raise
         group.unfinished = params.n
@@ -184,7 +210,7 @@ class Engine:
         """Launch the next step, settle the oldest that is due, and return the news."""
         step = self.scheduler.plan(time.monotonic())
         if step is not None:
-            self.runner.launch(step)
+            self.runner.launch(step, self._masks(step))
             self._in_flight.append(step)
             self._num_steps += 1
         due = len(self._in_flight) - (1 if self.ahead and step is not None else 0)
@@ -198,6 +224,19 @@ class Engine:
             self.scheduler.settle(result)
             updates += self._read_news(result)
         return updates + self._read_news(None)
+
+    def _masks(self, step: Step) -> dict[int, np.ndarray] | None:
+        """Masks of the rows that a grammar rules. Each waited for its token, so its state is up to date."""
+        for seat in step.seats:
+            self._seated[seat.slot] = seat.request_id
+        if not self._states:
+            return None
+        ruled = {
+            row.slot: state
+            for row in step.rows
+            if row.samples and (state := self._states.get(self._seated[row.slot])) is not None
+        }
+        return self.grammars.masks(ruled) if ruled else None
 
     # ---- news
 
@@ -218,7 +257,8 @@ class Engine:
             return []  # a token behind a stop string
         request_id = group.job.request_id
         delta, stopped = None, False
-        if news.token_id is not None:
+        error = self._failures.get(news.request_id) or self._follow(news)
+        if news.token_id is not None and error is None:
             group.cached_tokens = max(group.cached_tokens, news.cached_tokens)
             group.first_token_s = group.first_token_s or now
             logprobs = None
@@ -229,7 +269,9 @@ class Engine:
             self.scheduler.finish(news.request_id)  # its end comes as news of its own
         if news.end is None:
             return [Update(request_id, delta)] if delta is not None else []
-        last = answer.finish(REASONS[news.end], news.error)
+        self._states.pop(news.request_id, None)
+        self._failures.pop(news.request_id, None)
+        last = answer.finish("error" if error else REASONS[news.end], error or news.error)
         if delta is not None:
             last = _join(delta, last)
         group.unfinished -= 1
@@ -238,6 +280,18 @@ class Engine:
             del self._groups[request_id]
             output = self._output(group, now)
         return [Update(request_id, last, output)]
+
+    def _follow(self, news: Progress) -> str | None:
+        """Let the sequence's grammar take the token. What it refuses ends the sequence, which is no fault
+        of the others."""
+        state = self._states.get(news.request_id)
+        if state is None or news.token_id is None:
+            return None
+        error = state.take(news.token_id)
+        if error is not None and news.end is None:
+            self._failures[news.request_id] = error
+            self.scheduler.abort(news.request_id)  # its end comes as news of its own
+        return error
 
     def _output(self, group: _Group, now: float) -> RequestOutput:
         prompt = group.job.prompt.prompt
@@ -278,6 +332,13 @@ class Engine:
     def _discard_news(self, sequence_ids: set[str]) -> None:
         kept = [news for news in self.scheduler.drain() if news.request_id not in sequence_ids]
         assert not kept, "news of other requests were pending while a request was added"
+
+
+def _phase(prompt: ChatPrompt) -> Phase:
+    """What a reply to the prompt begins with."""
+    if prompt.in_thought:
+        return "thought"
+    return "opening" if prompt.may_think else "content"
 
 
 def _join(first: Delta, last: Delta) -> Delta:

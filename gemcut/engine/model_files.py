@@ -28,11 +28,13 @@ RawPrompt = str | Sequence[int] | Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A rendered conversation. `in_thought`: the reply goes on with a thought that the prompt opened."""
+    """A rendered conversation. `in_thought`: the reply goes on with a thought that the prompt opened;
+    `may_think`: it may begin with one of its own."""
 
     prompt: Prompt
     media: tuple[ImagePatches, ...]
     in_thought: bool
+    may_think: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class ModelFiles:
         for picture in media:
             self._check_grid(picture)
         prompt = self.tokenizer.encode(segments, [picture.soft_tokens for picture in media])
-        return ChatPrompt(prompt, tuple(media), starts_in_thought(segments))
+        return ChatPrompt(prompt, tuple(media), starts_in_thought(segments), enable_thinking)
 
     def _check_grid(self, picture: ImagePatches) -> None:
         vision = self.plan.vision

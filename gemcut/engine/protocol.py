@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
+
+import numpy as np
 
 from gemcut.data import Step, StepResult
 
@@ -14,8 +17,12 @@ class Runner(Protocol):
     step n + 1 gives to somebody else may still be read by step n, which runs before.
     """
 
-    def launch(self, step: Step) -> None:
-        """Start the step and return; it may still be running when the next one is launched."""
+    def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
+        """Start the step and return; it may still be running when the next one is launched.
+
+        masks: slot -> the ids that its grammar admits next, an int32 bitmask over the vocabulary, low bit
+        first; for rows that sample.
+        """
         ...
 
     def collect(self) -> StepResult:

@@ -7,18 +7,22 @@ runs it. It must not know where the updates go.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from gemcut.engine.loop import Engine, Job, Update
 from gemcut.errors import GemcutError, InvalidRequest, Overloaded
 from gemcut.outputs import Stats
+from gemcut.prompt.grammar import Grammar
 
 log = logging.getLogger(__name__)
 
 Publish = Callable[[Sequence[Update]], None]
 Refuse = Callable[[GemcutError], None]
+COMPILERS = 4  # threads that wait for grammars
 
 
 class Service:
@@ -34,17 +38,35 @@ class Service:
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.stats: Stats = engine.stats()
         self.step_began_s: float | None = None
+        self._compilers = ThreadPoolExecutor(COMPILERS, "gemcut-grammar")
+        self._compiling: set[str] = set()  # jobs whose grammar is not there yet
+        self._lock = threading.Lock()
 
     def submit(self, job: Job, refuse: Refuse) -> None:
-        """Queue a job. `refuse` is called instead of any update, in the engine's thread, if it is refused."""
-        self._orders.put(lambda: self._add(job, refuse))
+        """Queue a job. `refuse` is called instead of any update, in the engine's thread, if it is refused.
+
+        Its grammar is compiled first, in another thread: the engine goes on, other jobs may overtake it.
+        """
+        wanted = job.params.structured_outputs
+        grammar = None if wanted is None else self._engine.grammars.known(wanted)
+        if wanted is None or grammar is not None:
+            self._orders.put(lambda: self._add(job, refuse, grammar))
+            return
+        with self._lock:
+            self._compiling.add(job.request_id)
+        self._compilers.submit(self._compile, job, refuse)
 
     def abort(self, request_id: str) -> None:
-        """End a job; its last update follows. Nothing happens if it has ended."""
-        self._orders.put(lambda: self._engine.abort(request_id))
+        """End a job; its last update, or its refusal, follows. Nothing happens if it has ended."""
+        with self._lock:
+            if request_id in self._compiling:
+                self._compiling.remove(request_id)
+                return
+            self._orders.put(lambda: self._engine.abort(request_id))
 
     def stop(self) -> None:
         """Let `run` return once the orders before this one are done; what still runs is left as it is."""
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         self._orders.put(None)
 
     def run(self) -> None:
@@ -65,9 +87,29 @@ class Service:
             if updates:
                 self._publish(updates)
 
-    def _add(self, job: Job, refuse: Refuse) -> None:
+    def _compile(self, job: Job, refuse: Refuse) -> None:
+        wanted, grammar, failure = job.params.structured_outputs, None, None
+        assert wanted is not None, "the job has a grammar"
         try:
-            self._engine.add(job)
+            grammar = self._engine.grammars.compile(wanted)
+        except GemcutError as error:
+            failure = error
+        except Exception:
+            log.exception("the grammar of request %s could not be compiled", job.request_id)
+            failure = GemcutError("The engine failed on this request.")
+        with self._lock:  # an abort comes before this, or finds its order behind ours
+            if job.request_id in self._compiling:
+                self._compiling.remove(job.request_id)
+            else:
+                failure = GemcutError("The request was aborted.")
+            if failure is None:
+                self._orders.put(lambda: self._add(job, refuse, grammar))
+            else:
+                self._orders.put(lambda: refuse(failure))
+
+    def _add(self, job: Job, refuse: Refuse, grammar: Grammar | None = None) -> None:
+        try:
+            self._engine.add(job, grammar)
         except (InvalidRequest, Overloaded) as error:
             refuse(error)
         except Exception:

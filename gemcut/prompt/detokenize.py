@@ -101,6 +101,23 @@ def check_decoder(spec: Mapping[str, Any] | None, path: Path) -> list[Callable[[
     return stages
 
 
+def token_bytes(spec: Mapping[str, Any] | None, token: str) -> bytes | None:
+    """What one token that is no control stands for, under the `decoder` of a tokenizer.json that
+    `check_decoder` took. None if that depends on where the token stands."""
+    assert spec is not None, "the decoder was checked"
+    for part in spec["decoders"] if spec["type"] == "Sequence" else [spec]:
+        kind = part["type"]
+        if kind == "Replace":
+            token = token.replace(part["pattern"]["String"], part["content"])
+        elif kind == "ByteFallback" and (byte := _ByteFallback._BYTE.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        elif kind == "ByteLevel":
+            return _from_alphabet(token)
+        elif kind == "Strip":
+            return None
+    return token.encode()
+
+
 class _Replace:
     """Replace inside each token, `▁` by a space."""
 
@@ -151,11 +168,7 @@ class _ByteLevel:
     def push(self, token: str | None) -> list[str]:
         if token is None:
             return self.flush()
-        try:
-            data = bytes([_BYTE_OF[letter] for letter in token])
-        except KeyError:  # an added token, spelled in plain letters
-            data = token.encode()
-        return [self._utf8.decode(data)]
+        return [self._utf8.decode(_from_alphabet(token))]
 
     def flush(self) -> list[str]:
         rest = self._utf8.decode(b"", final=True)
@@ -192,6 +205,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+
+
+def _from_alphabet(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF[letter] for letter in token])
+    except KeyError:  # an added token, spelled in plain letters
+        return token.encode()
 
 
 def _maker(stage: Callable[..., Stage], *arguments: Any) -> Callable[[], Stage]:

@@ -24,7 +24,7 @@ import tokenizers
 
 from gemcut.data import Control, Prompt, Segment, Slot, Span, Text
 from gemcut.errors import CheckpointError, InvalidRequest
-from gemcut.prompt.detokenize import Detokenizer, check_decoder
+from gemcut.prompt.detokenize import Detokenizer, check_decoder, token_bytes
 
 CONTROL = re.compile(r"<\|.+>|<.+\|>|<(bos|eos|pad|unk|mask)>", re.DOTALL)
 # what the template writes and the engine stops at; without them this is no Gemma 4 tokenizer
@@ -65,7 +65,8 @@ class Tokenizer:
                 "Use the tokenizer of a Gemma 4 checkpoint."
             )
         self._control_ids = frozenset(self._controls.values())
-        self._decoder = check_decoder(spec.get("decoder"), self.path)
+        self._decoder_spec = spec.get("decoder")
+        self._decoder = check_decoder(self._decoder_spec, self.path)
         # 128 random bits in letters and digits, which no normalizer changes; `<` and `>` so that words
         # next to it end where they end next to the true spelling
         self._secret = f"gemcut{secrets.token_hex(16)}"
@@ -91,6 +92,16 @@ class Tokenizer:
             return self._controls[token]
         except KeyError:
             raise CheckpointError(f"{self.path} has no control token {token!r}.") from None
+
+    def spellings(self) -> list[bytes | None]:
+        """By id, the bytes that a token stands for; empty where the vocabulary has a hole. A control has
+        its spelling. None for a token whose bytes depend on where it stands."""
+        return [
+            b"" if token is None
+            else token.encode() if i in self._control_ids
+            else token_bytes(self._decoder_spec, token)
+            for i, token in enumerate(self._tokens)
+        ]  # fmt: skip
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of literal text. Control tokens are never found in it."""

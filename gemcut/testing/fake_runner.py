@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -122,8 +123,10 @@ class FakeRunner:
         """The request ended; its ghosts still have their chair."""
         del self._truths[request_id]
 
-    def launch(self, step: Step) -> None:
-        """Run the step: all rows write, then all read, as in a layer of a real forward."""
+    def launch(self, step: Step, masks: Mapping[int, object] | None = None) -> None:
+        """Run the step: all rows write, then all read, as in a layer of a real forward. Its tokens follow
+        from the marks, so it takes no masks."""
+        assert not masks, "the fake runner samples by no grammar"
         self.num_steps += 1
         assert step.number == self.num_steps, f"step {step.number} was launched as number {self.num_steps}"
         self._encode(step)
