@@ -23,10 +23,13 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 0.2, series, tl.where(x < 0, -ratio, ratio))
 
 
-@triton.jit(do_not_specialize=["size"])
-def _cap(z_ptr, out_ptr, size, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def _cap(
+    z_ptr, out_ptr, count, softcap,
+    V: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
+    mask = index < count.to(tl.int64) * V
     dtype = z_ptr.dtype.element_ty
     z = tl.load(z_ptr + index, mask, other=0.0).to(tl.float32)
     if CAPPED:
@@ -38,8 +41,9 @@ def _cap(z_ptr, out_ptr, size, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexp
 def logits(h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, backend: Backend) -> torch.Tensor:
     z = linear(h, weight, backend=backend)
     out = torch.empty_like(z, dtype=torch.float32)
-    size = z.numel()
-    _cap[(triton.cdiv(size, BLOCK),)](
-        z, out, size, softcap or 1.0, softcap is not None, BLOCK, backend.numerics == "reference", num_warps=8
-    )
+    count, vocab = z.shape
+    _cap[(triton.cdiv(count * vocab, BLOCK),)](
+        z, out, count, softcap or 1.0,
+        vocab, softcap is not None, BLOCK, backend.numerics == "reference", num_warps=8,
+    )  # fmt: skip
     return out

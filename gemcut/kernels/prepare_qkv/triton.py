@@ -18,8 +18,10 @@ from gemcut.kernels.rope.triton import rotate
 
 
 @triton.jit
-def _norm_heads(low, high, eps, D: tl.constexpr):
-    """n(x) without weight of heads given as two halves [heads, D / 2], fp32."""
+def _load_heads(pointer, eps, D: tl.constexpr):
+    """n(x) without weight of heads in two halves [heads, D / 2], fp32."""
+    low = tl.load(pointer).to(tl.float32)
+    high = tl.load(pointer + D // 2).to(tl.float32)
     squares = tl.sum(low * low, 1) + tl.sum(high * high, 1)
     scale = tl.rsqrt(squares / D + eps)[:, None]
     return low * scale, high * scale
@@ -27,22 +29,60 @@ def _norm_heads(low, high, eps, D: tl.constexpr):
 
 @triton.jit
 def _turn_heads(
-    low, high, weight_ptr, cos, sin, half, live, dtype: tl.constexpr, D: tl.constexpr, ROUND: tl.constexpr
+    low, high, weight_ptr, rope_ptr, token, count, half,
+    dtype: tl.constexpr, D: tl.constexpr, A: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Normed heads times the norm's weight, turned where angles are live."""
+    live = half < A
+    cos = tl.load(rope_ptr + token * A + half, live, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(rope_ptr + (count + token) * A + half, live, other=0.0).to(tl.float32)[None, :]
     low_weight = tl.load(weight_ptr + half).to(tl.float32)[None, :]
     high_weight = tl.load(weight_ptr + D // 2 + half).to(tl.float32)[None, :]
     low = rounded(low * low_weight, dtype, ROUND)
     high = rounded(high * high_weight, dtype, ROUND)
     turned_low, turned_high = rotate(low, high, cos, sin, dtype, ROUND)
-    return tl.where(live, turned_low, low), tl.where(live, turned_high, high)
+    return tl.where(live[None, :], turned_low, low), tl.where(live[None, :], turned_high, high)
 
 
 @triton.jit
-def _store_heads(pointer, low, high, D: tl.constexpr, mask):
+def _store_heads(pointer, low, high, D: tl.constexpr):
     dtype = pointer.dtype.element_ty
-    tl.store(pointer, low.to(dtype), mask)
-    tl.store(pointer + D // 2, high.to(dtype), mask)
+    tl.store(pointer, low.to(dtype))
+    tl.store(pointer + D // 2, high.to(dtype))
+
+
+@triton.jit
+def _prepare_q(
+    row, q_norm_ptr, rope_ptr, q_ptr, token, count, tile, eps,
+    QH: tl.constexpr, D: tl.constexpr, A: tl.constexpr, Q_TILE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    dtype = q_ptr.dtype.element_ty
+    half = tl.arange(0, D // 2)
+    inside = (tile * Q_TILE + tl.arange(0, Q_TILE))[:, None] * D + half[None, :]
+    low, high = _load_heads(row + inside, eps, D)
+    low, high = _turn_heads(low, high, q_norm_ptr, rope_ptr, token, count, half, dtype, D, A, ROUND)
+    _store_heads(q_ptr + token * (QH * D) + inside, low, high, D)
+
+
+@triton.jit
+def _prepare_kv(
+    row, k_norm_ptr, rope_ptr, k_pages_ptr, v_pages_ptr, slot, token, count, head, eps,
+    KH: tl.constexpr, D: tl.constexpr, A: tl.constexpr, K_TILE: tl.constexpr, K_EQ_V: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    """K_TILE heads from `head` on, counted over K and, without k_eq_v, then V; `row` starts at K."""
+    dtype = k_pages_ptr.dtype.element_ty
+    half = tl.arange(0, D // 2)
+    inside = tl.arange(0, K_TILE)[:, None] * D + half[None, :]
+    is_value = head >= KH
+    low, high = _load_heads(row + head * D + inside, eps, D)
+    # int64: a page's place times Hk * D passes 2^31
+    to = slot * (KH * D) + (head % KH) * D + inside
+    if is_value or K_EQ_V:
+        _store_heads(v_pages_ptr + to, low, high, D)
+    if not is_value:
+        low, high = _turn_heads(low, high, k_norm_ptr, rope_ptr, token, count, half, dtype, D, A, ROUND)
+        _store_heads(k_pages_ptr + to, low, high, D)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -53,39 +93,17 @@ def _prepare_qkv(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    Q_TILES: tl.constexpr = QH // Q_TILE
-    K_TILES: tl.constexpr = KH // K_TILE
-    COLUMNS: tl.constexpr = (QH + (1 if K_EQ_V else 2) * KH) * D
-    dtype = q_ptr.dtype.element_ty
-    half = tl.arange(0, D // 2)
-    live = (half < A)[None, :]
-    cos = tl.load(rope_ptr + token * A + half, half < A, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(rope_ptr + (count + token) * A + half, half < A, other=0.0).to(tl.float32)[None, :]
-    row = qkv_ptr + token * COLUMNS
-    if tile < Q_TILES:
-        inside = (tile * Q_TILE + tl.arange(0, Q_TILE))[:, None] * D + half[None, :]
-        low = tl.load(row + inside).to(tl.float32)
-        high = tl.load(row + inside + D // 2).to(tl.float32)
-        low, high = _norm_heads(low, high, eps, D)
-        low, high = _turn_heads(low, high, q_norm_ptr, cos, sin, half, live, dtype, D, ROUND)
-        _store_heads(q_ptr + token * (QH * D) + inside, low, high, D, None)
+    row = qkv_ptr + token * ((QH + (1 if K_EQ_V else 2) * KH) * D)
+    if tile < QH // Q_TILE:
+        _prepare_q(row, q_norm_ptr, rope_ptr, q_ptr, token, count, tile, eps, QH, D, A, Q_TILE, ROUND)
     else:
-        slot = tl.load(slots_ptr + token)  # int64: a page's place times Hk * D passes 2^31
-        is_value = tile >= Q_TILES + K_TILES
-        head = (tile - Q_TILES) * K_TILE  # V heads follow K heads, as in the row
-        row += QH * D + head * D
-        first = head - tl.where(is_value, KH, 0)
-        inside = tl.arange(0, K_TILE)[:, None] * D + half[None, :]
-        to = slot * (KH * D) + first * D + inside
-        written = (slot >= 0) & (inside >= 0)
-        low = tl.load(row + inside).to(tl.float32)
-        high = tl.load(row + inside + D // 2).to(tl.float32)
-        low, high = _norm_heads(low, high, eps, D)
-        if is_value or K_EQ_V:
-            _store_heads(v_pages_ptr + to, low, high, D, written)
-        if not is_value:
-            low, high = _turn_heads(low, high, k_norm_ptr, cos, sin, half, live, dtype, D, ROUND)
-            _store_heads(k_pages_ptr + to, low, high, D, written)
+        slot = tl.load(slots_ptr + token)
+        if slot >= 0:
+            head = (tile - QH // Q_TILE) * K_TILE
+            _prepare_kv(
+                row + QH * D, k_norm_ptr, rope_ptr, k_pages_ptr, v_pages_ptr, slot, token, count, head, eps,
+                KH, D, A, K_TILE, K_EQ_V, ROUND,
+            )  # fmt: skip
 
 
 @cache

@@ -9,7 +9,7 @@ import triton.language as tl
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
 
-BLOCK = 1024
+VALUES = 512  # angles of a program, 4 a thread: sines are long, and a step has few of them
 
 
 @triton.jit
@@ -20,14 +20,19 @@ def rotate(low, high, cos, sin, dtype: tl.constexpr, ROUND: tl.constexpr):
     return turned_low, turned_high
 
 
-@triton.jit(do_not_specialize=["size"])
-def _rope_table(positions_ptr, inv_freq_ptr, out_ptr, size, A: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    position = tl.load(positions_ptr + index // A, mask, other=0).to(tl.float32)
-    angle = position * tl.load(inv_freq_ptr + index % A, mask, other=0.0)
-    tl.store(out_ptr + index, tl.cos(angle).to(out_ptr.dtype.element_ty), mask)
-    tl.store(out_ptr + size + index, tl.sin(angle).to(out_ptr.dtype.element_ty), mask)
+@triton.jit(do_not_specialize=["count"])
+def _rope_table(
+    positions_ptr, inv_freq_ptr, out_ptr, count, A: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    angle = tl.arange(0, BLOCK)
+    position = tl.load(positions_ptr + token, token < count, other=0).to(tl.float32)
+    turn = position[:, None] * tl.load(inv_freq_ptr + angle, angle < A, other=0.0)[None, :]
+    cos_ptr = out_ptr + token.to(tl.int64)[:, None] * A + angle[None, :]
+    sin_ptr = cos_ptr + count.to(tl.int64) * A
+    mask = (token < count)[:, None] & (angle < A)[None, :]
+    tl.store(cos_ptr, tl.cos(turn).to(out_ptr.dtype.element_ty), mask)
+    tl.store(sin_ptr, tl.sin(turn).to(out_ptr.dtype.element_ty), mask)
 
 
 def rope_table(
@@ -35,6 +40,9 @@ def rope_table(
 ) -> torch.Tensor:
     count, angles = positions.shape[0], inv_freq.shape[0]
     out = torch.empty(2, count, angles, dtype=dtype, device=positions.device)
-    size = count * angles
-    _rope_table[(triton.cdiv(size, BLOCK),)](positions, inv_freq, out, size, angles, BLOCK, num_warps=4)
+    block = triton.next_power_of_2(angles)
+    rows = max(1, VALUES // block)
+    _rope_table[(triton.cdiv(count, rows),)](
+        positions, inv_freq, out, count, angles, rows, block, num_warps=4
+    )
     return out

@@ -130,9 +130,9 @@ def _route(
             tl.debug_barrier()
             everyone = tl.arange(0, EP)
             # .cg: past this multiprocessor's L1, which other programs' stores do not reach
-            logits = tl.load(logits_ptr + rows[:, None] * EP + everyone[None, :], cache_modifier=".cg")
+            whole = tl.load(logits_ptr + rows[:, None] * EP + everyone[None, :], cache_modifier=".cg")
             _choose(
-                logits, scale_ptr, rows, tile, count, size,
+                whole, scale_ptr, rows, tile, count, size,
                 weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
                 E, K, EP, KP, BM, ONE_TILE,
             )  # fmt: skip

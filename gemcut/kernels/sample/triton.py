@@ -155,7 +155,8 @@ def sample(
         keys = fewer
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _draw[(rows,)](
-        keys, torch.empty_like(keys), temperature, top_k, top_p, min_p, uniform, tokens, width, 64,
+        keys, torch.empty_like(keys), temperature, top_k, top_p, min_p, uniform, tokens,
+        width, min(64, 16384 // width),
         num_warps=8 if width > 64 else 4,
     )  # fmt: skip
     return tokens
