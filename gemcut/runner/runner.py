@@ -97,7 +97,10 @@ class ModelRunner:
         tokens, errors = {}, {}
         for slot, token, broken in zip(step.slots, step.tokens.tolist(), step.broken.tolist(), strict=True):
             if broken:
-                errors[slot] = "The model's output is not a number for this request; others are unaffected."
+                errors[slot] = (
+                    "No token can be chosen for this request: the model's output is not a number, or the "
+                    "request's bans leave nothing. Others are unaffected."
+                )
             else:
                 tokens[slot] = token
         return StepResult(step.number, tokens, errors, step.logprobs, step.prompt_logprobs)

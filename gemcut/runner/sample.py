@@ -46,7 +46,8 @@ class _Slot:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Sampled:
-    """tokens: [L] int64 on the device. broken: [L] bool, rows whose logits are not numbers."""
+    """tokens: [L] int64 on the device. broken: [L] bool, rows without a token to choose: their logits are
+    not numbers, or everything is banned."""
 
     tokens: torch.Tensor
     broken: torch.Tensor
@@ -76,7 +77,10 @@ class Sampler:
         if not isinstance(sampling, SlotSampling):
             raise TypeError(f"Seat.sampling must be SlotSampling, got {type(sampling).__name__}")
         params = sampling.params
-        biases = dict(params.logit_bias) | dict.fromkeys(sampling.suppressed, NEVER)
+        # a checkpoint's lists may name ids beyond its vocabulary; they never come anyway
+        suppressed = [token for token in sampling.suppressed if token < self.vocab]
+        stop_ids = [token for token in sampling.stop_ids if token < self.vocab]
+        biases = dict(params.logit_bias) | dict.fromkeys(suppressed, NEVER)
         state = _Slot(prompt_ids=seat.token_ids[: seat.num_prompt], sampling=sampling)
         if biases:
             state.biases = (
@@ -86,8 +90,8 @@ class Sampler:
         if params.allowed_token_ids is not None:
             state.allowed = torch.full((self.vocab,), NEVER, device=self.device)
             state.allowed[list(params.allowed_token_ids)] = 0.0
-        if params.min_tokens and sampling.stop_ids:
-            state.stops = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=self.device)
+        if params.min_tokens and stop_ids:
+            state.stops = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
         state.penalized = bool(
             params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
         )
@@ -122,6 +126,8 @@ class Sampler:
         params = [self.params(slot) for slot in slots]
         broken = logits.isnan().any(dim=-1)
         changed = self._constrain(logits, states, slots, indices, masks)
+        if changed is not logits:
+            broken |= (changed == NEVER).all(dim=-1)  # bans and grammar together left nothing
         columns = np.array(
             [(p.temperature, p.top_p, p.min_p, p.top_k or self.vocab) for p in params], dtype=np.float64
         )
