@@ -8,12 +8,15 @@ training never saw, and go through whatever ``answer`` does with pictures: ``eva
 
 import argparse
 import collections
+import concurrent.futures
+import importlib.metadata
 import io
 import json
+import multiprocessing
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +137,6 @@ class Outcome:
     turn: int
     sizes: list[list[int]]
     layout: str
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -185,7 +187,7 @@ class TransformersEngine:
     """Greedy answers of transformers' Gemma 4 on the CPU; keeps the smallest margin of an answer's tokens.
 
     One pass over prompt and right answer shows whether greedy decoding gives that answer: every one of its
-    tokens has the largest logit. Only where it does not, or with ``always_generate``, the answer is generated.
+    tokens has the largest logit. Only where it does not, or with ``always_generate``, an answer is generated.
     """
 
     def __init__(self, folder: Path, dtype: str, always_generate: bool = False) -> None:
@@ -247,6 +249,71 @@ class TransformersEngine:
         return given.removesuffix("<turn|>")
 
 
+@dataclass
+class Measured:
+    """One item's outcome under the first dtype, and what every dtype answered."""
+
+    outcome: Outcome
+    answers: list[str]
+    margin: float
+
+
+def measure(
+    checkpoint: Path, dtypes: list[str], generate: bool, seed: int, pictures: int, font_folder: str | None
+) -> list[Measured]:
+    """Evaluate transformers on pictures in several dtypes; prints wrong and differing answers."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    engines = [TransformersEngine(checkpoint, dtype, generate) for dtype in dtypes]
+    answers: list[list[str]] = []
+    measured: list[Measured] = []
+
+    def ask_all(item: Item) -> str:
+        answers.append([engine(item) for engine in engines])
+        return answers[-1][0]
+
+    def keep(outcome: Outcome) -> None:
+        measured.append(Measured(outcome, answers[-1], round(engines[0].margin, 3)))
+        if not outcome.right or len(set(answers[-1])) > 1:
+            print(json.dumps(asdict(measured[-1])), flush=True)
+
+    evaluate(ask_all, held_out_items(seed, pictures, font_folder), keep)
+    return measured
+
+
+def record(measured: list[Measured], dtypes: list[str]) -> dict[str, Any]:
+    """The numbers of an evaluation."""
+    outcomes = [one.outcome for one in measured]
+    margins = sorted(one.margin for one in measured if one.outcome.right)
+    return {
+        "questions": len(measured),
+        "dtypes": dtypes,
+        "right_and_asked": table(outcomes),
+        "right_and_asked_by_order": table(outcomes, lambda outcome: outcome.order),
+        "right_and_asked_by_turn": table(outcomes, lambda outcome: str(outcome.turn)),
+        "right_and_asked_by_layout": table(outcomes, lambda outcome: outcome.layout or "text"),
+        "right_by_dtype": {
+            dtype: sum(one.answers[index] == one.outcome.expected for one in measured)
+            for index, dtype in enumerate(dtypes)
+        },
+        "differing_from_the_first_dtype": {
+            dtype: sum(one.answers[index] != one.answers[0] for one in measured)
+            for index, dtype in enumerate(dtypes)
+            if index
+        },
+        "margin_percentiles_of_right_answers": {
+            str(share): margins[min(len(margins) - 1, int(share / 100 * len(margins)))]
+            for share in (0, 0.1, 1, 5, 50)
+        },
+        "wrong_or_differing": [
+            asdict(one) for one in measured if not one.outcome.right or len(set(one.answers)) > 1
+        ],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -254,69 +321,47 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--engine", choices=["transformers"], default="transformers")
     parser.add_argument(
-        "--dtypes", default="float32,bfloat16", help="the first is the one that the others are compared to"
+        "--dtypes", default="float32,bfloat16", help="the first is what the others are compared to"
     )
     parser.add_argument("--generate", action="store_true", help="decode every answer token by token")
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=20261124)
+    parser.add_argument(
+        "--seed", type=int, default=20261124, help="of the first process, the next ones count on"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="that share the pictures")
     parser.add_argument("--fonts", default=None, help="a folder of fonts instead of the installed packages")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()
-    dtypes = arguments.dtypes.split(",")
-    engines = [TransformersEngine(arguments.checkpoint, dtype, arguments.generate) for dtype in dtypes]
-    texts: list[list[str]] = []
-    margins: list[float] = []
-
-    def ask_all(item: Item) -> str:
-        texts.append([engine(item) for engine in engines])
-        margins.append(engines[0].margin)
-        return texts[-1][0]
-
-    def report(outcome: Outcome) -> None:
-        outcome.extra = {"margin": round(margins[-1], 3)} | dict(zip(dtypes[1:], texts[-1][1:], strict=True))
-        if not outcome.right or len(set(texts[-1])) > 1:
-            print(json.dumps(asdict(outcome)), flush=True)
-
-    outcomes = evaluate(ask_all, held_out_items(arguments.seed, arguments.pictures, arguments.fonts), report)
-    right = sorted(margin for margin, outcome in zip(margins, outcomes, strict=True) if outcome.right)
-    record = {
-        "command": f"python -m gemcut.demo.evaluate --pictures {arguments.pictures} --seed {arguments.seed}",
-        "engine": arguments.engine,
-        "always_generated": arguments.generate,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "seed": arguments.seed,
-        "pictures": arguments.pictures,
-        "questions": len(outcomes),
-        "dtypes": dtypes,
-        "right_and_asked": table(outcomes),
-        "right_and_asked_by_order": table(outcomes, lambda outcome: outcome.order),
-        "right_and_asked_by_turn": table(outcomes, lambda outcome: str(outcome.turn)),
-        "right_and_asked_by_layout": table(outcomes, lambda outcome: outcome.layout or "text"),
-        "differing_from_first_dtype": {
-            dtype: sum(answers[index] != answers[0] for answers in texts)
-            for index, dtype in enumerate(dtypes)
-            if index
-        },
-        "right_by_dtype": {
-            dtype: sum(
-                answers[index] == outcome.expected for answers, outcome in zip(texts, outcomes, strict=True)
+    dtypes, share = arguments.dtypes.split(","), -(-arguments.pictures // arguments.processes)
+    with concurrent.futures.ProcessPoolExecutor(
+        arguments.processes, multiprocessing.get_context("spawn")
+    ) as pool:
+        parts = [
+            pool.submit(
+                measure,
+                arguments.checkpoint,
+                dtypes,
+                arguments.generate,
+                arguments.seed + index,
+                share,
+                arguments.fonts,
             )
-            for index, dtype in enumerate(dtypes)
-        },
-        "margin_percentiles_of_right_answers": {
-            str(share): round(right[min(len(right) - 1, int(share / 100 * len(right)))], 3)
-            for share in (0, 0.1, 1, 5, 50)
-        },
-        "wrong": [asdict(outcome) for outcome in outcomes if not outcome.right],
+            for index in range(arguments.processes)
+        ]
+        measured = [one for part in parts for one in part.result()]
+    result = {
+        "command": f"python -m gemcut.demo.evaluate --pictures {arguments.pictures} --seed {arguments.seed} "
+        f"--processes {arguments.processes}{' --generate' if arguments.generate else ''}",
+        "engine": arguments.engine,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pillow")},
+        "pictures": share * arguments.processes,
+        **record(measured, dtypes),
     }
-    print(json.dumps({name: value for name, value in record.items() if name != "wrong"}, indent=1))
+    print(
+        json.dumps({name: value for name, value in result.items() if name != "wrong_or_differing"}, indent=1)
+    )
     if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
