@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 import typing
 
 import pytest
@@ -26,14 +26,14 @@ def test_help_needs_no_rooms_and_little_time() -> None:
     )
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         found = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, check=False, env=environment()
         )
-        took.append(time.perf_counter() - began)
+        took.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began)
         assert found.returncode == 0, found.stderr
         assert b"\x1b" not in found.stdout
-    assert min(took) < 1.0  # 0.25 s on an idle machine
+    assert min(took) < 0.4  # seconds of the processor: a busy machine does not decide the test
 
 
 @pytest.mark.parametrize("command", COMMANDS)

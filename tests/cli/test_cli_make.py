@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cli_rig import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +22,7 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         (folder / "pyproject.toml").touch()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     return subprocess.run(
-        ["make", *words], cwd=folder, capture_output=True, text=True, check=False, env=clean, timeout=60
+        ["make", *words], cwd=folder, capture_output=True, text=True, check=False, env=clean, timeout=LIMIT_S
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_rig import CIRCLE, call, command, environment, refused
+from cli_rig import CIRCLE, LIMIT_S, call, command, environment, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,7 +129,7 @@ def test_lines_are_answered_as_they_come_and_without_torch() -> None:
     process.stdin.write(lines({"messages": HI}).encode())
     process.stdin.flush()
     assert b"prompt" in process.stdout.readline()  # before the input has ended
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0
     assert b"| torch\n" not in err
 
