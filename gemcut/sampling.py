@@ -158,6 +158,8 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str | tuple):
                 object.__setattr__(self, name, tuple(value))
+            elif not isinstance(value, tuple) and not (value is None and name == "allowed_token_ids"):
+                raise InvalidRequest(f"{name} must be a list, got {value!r}.", name)
         _whole(self, "n", 1, 64)
         _number(self, "temperature", 0.0, 100.0)
         _whole(self, "top_k", 0)
@@ -179,6 +181,10 @@ class SamplingParams:
             raise InvalidRequest("stop must hold strings that are not empty.", "stop")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest("allowed_token_ids is empty: no token could ever come.", "allowed_token_ids")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest(
+                f"logit_bias must map ids to numbers, got {self.logit_bias!r}.", "logit_bias"
+            )
         for token, bias in self.logit_bias.items():
             if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
                 raise InvalidRequest(
@@ -210,6 +216,12 @@ class SamplingParams:
             for token in ids:
                 if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                     raise InvalidRequest(f"{name} holds {token!r}; token ids are 0 to {vocab - 1}.", name)
+
+
+OPEN = frozenset(
+    ("temperature", "top_k", "top_p", "max_tokens", "logprobs", "prompt_logprobs", "seed")
+)  # fields of SamplingParams that may be None
+COLDEST = 1e-30  # below this a quotient of logits may leave fp32; far above it the likeliest is certain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,15 +258,24 @@ class GenerationDefaults:
         sampled = config.get("do_sample") is True
         listed = config.get("eos_token_id")
         eos = eos if listed is None else tuple(listed) if isinstance(listed, list) else (listed,)
+
+        def given(name: str, default: Any) -> Any:
+            """null says as little as no entry."""
+            return default if config.get(name) is None else config[name]
+
         try:
             checked = SamplingParams(
-                temperature=config.get("temperature", 1.0) if sampled else 0.0,
-                top_k=config.get("top_k", 50) if sampled else 0,  # 50: transformers' own default
-                top_p=config.get("top_p", 1.0) if sampled else 1.0,
+                temperature=given("temperature", 1.0) if sampled else 0.0,
+                top_k=given("top_k", 50) if sampled else 0,  # 50: transformers' own default
+                top_p=given("top_p", 1.0) if sampled else 1.0,
             )
         except InvalidRequest as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
-        suppressed = config.get("suppress_tokens") or ()
+        suppressed = given("suppress_tokens", ())
+        if not isinstance(suppressed, list | tuple):
+            raise CheckpointError(
+                f"generation_config.json: suppress_tokens must be a list, got {suppressed!r}."
+            )
         for token in (*eos, *suppressed):
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise CheckpointError(f"generation_config.json: {token!r} is no token id.")
@@ -268,9 +289,10 @@ class GenerationDefaults:
 
     def fill(self, params: SamplingParams) -> SamplingParams:
         """`params` with the checkpoint's values where the request left them open."""
+        temperature = self.temperature if params.temperature is None else params.temperature
         return replace(
             params,
-            temperature=self.temperature if params.temperature is None else params.temperature,
+            temperature=temperature if temperature >= COLDEST else 0.0,
             top_k=self.top_k if params.top_k is None else params.top_k,
             top_p=self.top_p if params.top_p is None else params.top_p,
         )
@@ -278,7 +300,7 @@ class GenerationDefaults:
 
 def _whole(params: SamplingParams, name: str, least: int, most: int | None = None) -> None:
     value = getattr(params, name)
-    if value is None:
+    if value is None and name in OPEN:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name} must be a whole number, got {value!r}.", name)
@@ -289,7 +311,7 @@ def _whole(params: SamplingParams, name: str, least: int, most: int | None = Non
 
 def _number(params: SamplingParams, name: str, least: float, most: float, open_low: bool = False) -> None:
     value = getattr(params, name)
-    if value is None:
+    if value is None and name in OPEN:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidRequest(f"{name} must be a number, got {value!r}.", name)
