@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,7 @@ class Case:
     full_size: a real model's size, for GPUs and the benchmark; the others also run interpreted on a CPU.
     flips: with reference numerics, the share of values that may differ from the reference at all
         (another order of summation flips few roundings, another rounding flips many); None: not checked.
+    numerics: the backend's modes that make a difference here.
     capturable_reference: the torch reference never waits for the device, so a graph can hold it.
     tolerance: how many ulps of an output's largest value its error may exceed 1.5 times the
         reference's own error by, both against the reference in fp32.
@@ -52,6 +53,7 @@ class Case:
     flops: int = 0
     full_size: bool = False
     flips: float | None = 2e-3
+    numerics: tuple[Literal["reference", "fused"], ...] = ("reference", "fused")
     capturable_reference: bool = True
     tolerance: float = 1.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from gemcut.kernels import Backend
-from gemcut.kernels.backend import NUMERICS
 from gemcut.kernels.case import Case, all_cases, widen
 
 CASES = list(all_cases())
@@ -31,23 +30,31 @@ def test_names_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-@no_gpu
-@pytest.mark.parametrize("numerics", NUMERICS)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+def each(cases: list[Case], marks: Sequence[pytest.MarkDecorator]) -> pytest.MarkDecorator:
+    """Every case with each of the numerics that make a difference to it."""
+    return pytest.mark.parametrize(
+        ("case", "numerics"),
+        [
+            pytest.param(case, numerics, id=f"{case}-{numerics}", marks=marks)
+            for case in cases
+            for numerics in case.numerics
+        ],
+    )
+
+
+@each(SMALL, [no_gpu])
 def test_interpreted(case: Case, numerics: Any) -> None:
     # fp32 only: the interpreter truncates stores to bf16 instead of rounding them
     accept(case, torch.device("cpu"), torch.float32, Backend("triton", numerics))
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=on_gpu) for case in SMALL])
+@each(SMALL, on_gpu)
 def test_small_on_gpu(case: Case, dtype: torch.dtype, numerics: Any) -> None:
     accept(case, torch.device("cuda"), dtype, Backend("triton", numerics))
 
 
-@pytest.mark.parametrize("numerics", NUMERICS)
-@pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=on_gpu) for case in FULL])
+@each(FULL, on_gpu)
 def test_full_on_gpu(case: Case, numerics: Any) -> None:
     accept(case, torch.device("cuda"), torch.bfloat16, Backend("triton", numerics))
 

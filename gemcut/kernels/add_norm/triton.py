@@ -3,6 +3,9 @@
 Also holds what every kernel over whole rows shares: the norm, the place of roundings, the launch shape.
 """
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
@@ -62,7 +65,7 @@ def _add_norm(
 @triton.jit
 def _add_norm_moe(
     x_ptr, a_ptr, post_ptr, next_ptr, scale_ptr, expert_ptr, x1_ptr, h_ptr, r_ptr, e_ptr, eps, root,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * H
     columns = tl.arange(0, BLOCK)
@@ -71,12 +74,17 @@ def _add_norm_moe(
     a = load_row(a_ptr + start, columns, mask)
     x = load_row(x_ptr + start, columns, mask)
     post = load_row(post_ptr, columns, mask)
-    following = load_row(next_ptr, columns, mask)
-    scale = load_row(scale_ptr, columns, mask)
-    expert = load_row(expert_ptr, columns, mask)
+    if EARLY:
+        following = load_row(next_ptr, columns, mask)
+        scale = load_row(scale_ptr, columns, mask)
+        expert = load_row(expert_ptr, columns, mask)
     x1 = rounded(x + rounded(a * rms(a, eps, H) * post, dtype, ROUND), dtype, ROUND)
     tl.store(x1_ptr + start + columns, x1.to(dtype), mask)
     normed = x1 * rms(x1, eps, H)
+    if not EARLY:
+        following = load_row(next_ptr, columns, mask)
+        scale = load_row(scale_ptr, columns, mask)
+        expert = load_row(expert_ptr, columns, mask)
     tl.store(h_ptr + start + columns, (normed * following).to(dtype), mask)
     tl.store(e_ptr + start + columns, (normed * expert).to(dtype), mask)
     r = rounded(rounded(normed, dtype, ROUND) * scale, dtype, ROUND) * root
@@ -115,9 +123,12 @@ def add_norm_moe(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     count, hidden = x.shape
     block, warps = row_shape(hidden)
+    # few rows: weights come from memory and are asked for first. Many: they lie in L1, and the registers that
+    # they would wait in (74 against 50 a thread) decide how many programs a multiprocessor holds
+    early = count <= 256
     x1, h, r, e = (torch.empty_like(x) for _ in range(4))
     _add_norm_moe[(count,)](
         x, a, post_weight, next_weight, router_scale, expert_weight, x1, h, r, e, eps, hidden**-0.5,
-        hidden, block, backend.numerics == "reference", num_warps=warps,
+        hidden, block, early, backend.numerics == "reference", num_warps=warps,
     )  # fmt: skip
     return x1, h, r, e

@@ -52,11 +52,13 @@ def prepare_qkv(
         return implementation.prepare_qkv(
             qkv, q_norm, k_norm, rope, slots, k_pages, v_pages, q_heads=q_heads, eps=eps, backend=backend
         )
-    q = qkv[:, :q_width].view(count, q_heads, head)
-    k = qkv[:, q_width : q_width + kv_width].view(count, kv_heads, head)
-    v = k if qkv.shape[1] == q_width + kv_width else qkv[:, q_width + kv_width :].view(count, kv_heads, head)
-    kept = slots >= 0
+    # every head is divided by its own root mean square, then q and k get their weights; one rounding
+    normed = rms_norm(qkv.float().view(count, -1, head), None, eps)
+    k = normed[:, q_heads : q_heads + kv_heads]
+    v = normed[:, -kv_heads:]  # with k_eq_v the raw K product once more
+    k = rotate((k * k_norm.float()).to(qkv.dtype), rope)
+    kept = (slots >= 0).nonzero().flatten()
     where = slots[kept]
-    k_pages.view(-1, kv_heads, head)[where] = rotate(rms_norm(k, k_norm, eps), rope)[kept]
-    v_pages.view(-1, kv_heads, head)[where] = rms_norm(v, None, eps)[kept]
-    return rotate(rms_norm(q, q_norm, eps), rope)
+    for pages, rows in ((k_pages, k), (v_pages, v.to(qkv.dtype))):
+        pages.view(-1, kv_heads, head).index_copy_(0, where, rows.index_select(0, kept))
+    return rotate((normed[:, :q_heads] * q_norm.float()).to(qkv.dtype), rope)

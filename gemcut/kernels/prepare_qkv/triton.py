@@ -4,6 +4,9 @@ A program takes a few heads of one token. Its kind is the same for all its heads
 query heads first, then K heads (with k_eq_v they write V as well, from the same sum of squares), then V.
 """
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from functools import cache

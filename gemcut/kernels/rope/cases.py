@@ -30,6 +30,7 @@ def _case(
         outputs=("table",),
         bytes=count * (8 + 4 * angles) + 4 * angles,
         full_size=full_size,
+        numerics=("reference",),
     )
 
 

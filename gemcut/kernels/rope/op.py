@@ -34,7 +34,7 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     cos, sin = table[:, :, None]  # [T, 1, A] each
     angles, half = table.shape[-1], x.shape[-1] // 2
     low, high = x[..., :angles], x[..., half : half + angles]
-    turned_low = low * cos + -high * sin
+    turned_low = low * cos - high * sin
     turned_high = high * cos + low * sin
     if angles == half:
         return torch.cat([turned_low, turned_high], dim=-1)

@@ -1,5 +1,8 @@
 """Rotary tables on the GPU, and the rotation that other kernels apply with them."""
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch

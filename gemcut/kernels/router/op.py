@@ -39,7 +39,8 @@ def route_experts(
     """Router product, softmax over all experts, top k, renormalise, times per_expert_scale.
 
     r: [T, H] router input. weight: [E, H]. per_expert_scale: [E]. count: [1] int32, tokens that are real;
-    the rows behind are padding: they go to no expert, and whatever is in them harms nobody. The logits
+    the rows behind are padding: they go to no expert, and whatever is in them harms nobody (their
+    experts are valid ids, their weights mean nothing). The logits
     are rounded to the activation dtype, everything after is fp32; ties go to the lowest expert (spec 10,
     items 8, 9).
     """

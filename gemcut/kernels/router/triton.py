@@ -6,6 +6,9 @@ finish chooses for all of them. With one tile of tokens it also writes the order
 each tile leaves its counts of tokens by expert, and `_order` turns them into places.
 """
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from functools import cache

@@ -55,6 +55,7 @@ def _case(rows: int, vocab: int, max_top_k: int | None, full_size: bool = False)
         exact=("tokens",),
         bytes=4 * rows * vocab,
         full_size=full_size,
+        numerics=("reference",),
     )
 
 

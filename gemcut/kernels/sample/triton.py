@@ -4,6 +4,9 @@ Greedy: the largest of each chunk, then of the chunks. Top-k of up to 1,024: the
 packed keys, again and again until one program has a row's best, which it draws from. Otherwise one sort.
 """
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch

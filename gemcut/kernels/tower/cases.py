@@ -34,6 +34,7 @@ def _scale_case(count: int, full_size: bool = False) -> Case:
         exact=("patches",),
         bytes=3 * 768 * count,
         full_size=full_size,
+        numerics=("reference",),
         capturable_reference=False,  # it copies its table to the device
     )
 

@@ -19,7 +19,7 @@ def scale_patches(pixels: torch.Tensor, dtype: torch.dtype, *, backend: Backend)
 
         return implementation.scale_patches(pixels, dtype, backend=backend)
     values = torch.from_numpy(pixel_values()).to(pixels.device)
-    return (2 * (values - 0.5)).to(dtype)[pixels.int()]
+    return (2 * (values - 0.5)).to(dtype).index_select(0, pixels.flatten().int()).view(pixels.shape)
 
 
 def add_positions(
