@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import gemcut
-from gemcut.cli import chat, doctor, download, inspect, render, run, terminal
+from gemcut.cli import chat, doctor, download, inspect, render, run, serve, terminal
 from gemcut.errors import GemcutError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(run.run)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)

@@ -1,0 +1,150 @@
+"""Counters for Prometheus: vLLM's names under `gemcut:`.
+
+What the engine counts is read off its last `Stats` at each scrape; what the front end sees is counted as it
+passes. Engines that died keep their share of the totals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gemcut.outputs import RequestOutput, Stats
+from gemcut.server.engine_client import EngineClient
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_BETWEEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
+_WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own."""
+
+    def __init__(self, client: EngineClient, model: str) -> None:
+        self.registry = CollectorRegistry()
+        labels, registry = ["model_name"], self.registry
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(f"gemcut:{name}", help, labels, registry=registry, buckets=buckets)
+            return made.labels(model)
+
+        self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
+        self._between = histogram("inter_token_latency_seconds", "Between news of a stream.", _BETWEEN)
+        self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self._decode = histogram("request_decode_time_seconds", "From first to last token.", _WHOLE)
+        self._success = Counter(
+            "gemcut:request_success", "Requests that ended.", [*labels, "finished_reason"], registry=registry
+        )
+        self._prompt = Counter("gemcut:prompt_tokens", "Prompt tokens.", labels, registry=registry)
+        self._generated = Counter("gemcut:generation_tokens", "Tokens written.", labels, registry=registry)
+        self._http = Counter(
+            "gemcut:http_requests", "Answers by route and status.", ["path", "status"], registry=registry
+        )
+        self._model = model
+        registry.register(_EngineCounters(client, model))
+
+    def count(self, output: RequestOutput) -> None:
+        """A request that ended."""
+        times, usage = output.timings, output.usage
+        self._first.observe(times.first_token_s)
+        self._whole.observe(times.total_s)
+        self._decode.observe(max(0.0, times.total_s - times.first_token_s))
+        self._prompt.labels(self._model).inc(usage.prompt_tokens)
+        self._generated.labels(self._model).inc(usage.completion_tokens)
+        for answer in output.outputs:
+            self._success.labels(self._model, answer.finish_reason).inc()
+
+    def count_answer(self, path: str, status: int) -> None:
+        """An HTTP answer. path: of a route, never what a client made up."""
+        self._http.labels(path, str(status)).inc()
+
+    def clock(self) -> Clock:
+        """A clock for one stream."""
+        return Clock(self._between)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class Clock:
+    """Measures the time between news of one stream."""
+
+    def __init__(self, between: Histogram) -> None:
+        self._between = between
+        self._last_s: float | None = None
+
+    def tick(self, num_deltas: int, num_answers: int) -> None:
+        """News came; one observation for each token of each answer, as if they had come evenly."""
+        now = time.monotonic()
+        if self._last_s is not None:
+            steps = max(1, num_deltas // num_answers)
+            self._between.observe((now - self._last_s) / steps)
+        self._last_s = now
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """A counter of the engine under its public name."""
+
+    field: str
+    name: str
+    help: str
+
+
+_COUNTERS = (
+    _Family("preemptions", "num_preemptions", "Sequences that lost their pages to others."),
+    _Family("prefix_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    _Family("prefix_hits", "prefix_cache_hits", "Prompt tokens found there."),
+    _Family("encoder_hits", "mm_cache_hits", "Media that were there encoded."),
+    _Family("steps", "engine_steps", "Forward passes."),
+)
+
+
+class _EngineCounters(Collector):
+    """Reads the engine's counters when they are asked for."""
+
+    def __init__(self, client: EngineClient, model: str) -> None:
+        self._client, self._model = client, model
+
+    def collect(self) -> Iterator[Metric]:
+        client, labels = self._client, ["model_name"]
+        stats = client.stats
+
+        def total(field: str) -> int:
+            return client.past[field] + (0 if stats is None else getattr(stats, field))
+
+        def gauge(name: str, help: str, value: float) -> Metric:
+            made = GaugeMetricFamily(f"gemcut:{name}", help, labels=labels)
+            made.add_metric([self._model], value)
+            return made
+
+        def counter(name: str, help: str, value: float) -> Metric:
+            made = CounterMetricFamily(f"gemcut:{name}", help, labels=labels)
+            made.add_metric([self._model], value)
+            return made
+
+        yield gauge("engine_up", "1 if the engine answers.", int(client.is_ready))
+        yield gauge("num_requests_running", "Sequences that run.", 0 if stats is None else stats.running)
+        yield gauge("num_requests_waiting", "Sequences that wait.", 0 if stats is None else stats.waiting)
+        yield gauge("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", _usage(stats))
+        for family in _COUNTERS:
+            yield counter(family.name, family.help, total(family.field))
+        queries = total("encoder_hits") + total("encoder_misses")
+        yield counter("mm_cache_queries", "Media looked up in the encoder cache.", queries)
+        yield counter("engine_restarts", "Engines that died and were replaced.", client.num_restarts)
+        yield counter("bad_frames", "Frames between the processes that were dropped.", client.bad_frames)
+
+
+def _usage(stats: Stats | None) -> float:
+    if stats is None:
+        return 0.0
+    shares = [used / sum(pages) for pages in (stats.full_pages, stats.sliding_pages) if (used := pages[2])]
+    return max(shares, default=0.0)
