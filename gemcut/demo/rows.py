@@ -141,8 +141,8 @@ def fitting_detail(scene: SignScene, detail: float) -> float:
 class RowWriter:
     """Writes one chat into a row of a batch."""
 
-    def __init__(self, rng: random.Random, encoder: Encoder, length: int) -> None:
-        self.rng, self.encode, self.length = rng, encoder, length
+    def __init__(self, rng: random.Random, encoder: Encoder, length: int, unseen: bool = False) -> None:
+        self.rng, self.encode, self.length, self.unseen = rng, encoder, length, unseen
 
     def _picture_turn(self, question: tuple[int, ...], tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """A user's words and pictures in one of their orders; returns ids and where the soft tokens start."""
@@ -172,9 +172,9 @@ class RowWriter:
         if thinking:
             asked = asked[: rng.randint(1, 2)]
         elif rng.random() < 0.12:
-            asked.insert(0, ask_text(rng))  # the picture comes with the second turn
+            asked.insert(0, ask_text(rng, self.unseen))  # the picture comes with the second turn
         else:
-            asked = asked or [ask_text(rng)]
+            asked = asked or [ask_text(rng, self.unseen)]
         picture_turn = 1 if asked[0].kind in ("repeat", "reverse", "add") and scenes and len(asked) > 1 else 0
         text = rng.choice(SYSTEM_TEXTS) if rng.random() < 0.05 else ""
         position = 0
@@ -189,7 +189,7 @@ class RowWriter:
             elif thinking:
                 break
             else:
-                qa = ask_text(rng)
+                qa = ask_text(rng, self.unseen)
             last = turn == len(asked) - 1
             body, offsets = self._picture_turn(encode(qa.question), tokens if turn == picture_turn else [])
             user = head + list(encode(USER))
@@ -204,7 +204,7 @@ class RowWriter:
                 if turn == picture_turn and not starts and scenes:
                     # a long answer to the first question: ask something shorter, the picture must be shown
                     asked[turn] = min(
-                        asked[turn + 1 :] or [ask_text(rng)], key=lambda other: len(other.answer)
+                        asked[turn + 1 :] or [ask_text(rng, self.unseen)], key=lambda other: len(other.answer)
                     )
                     thinking, misses = False, misses + 1
                     continue
@@ -251,7 +251,7 @@ class BatchMaker:
         buffer = np.zeros(layout.bytes, np.uint8)
         batch = layout.views(buffer)
         batch["kind"][:], batch["marks"][:] = -1, -1
-        writer = RowWriter(rng, self.encoder, layout.length)
+        writer = RowWriter(rng, self.encoder, layout.length, self.unseen)
         row = picture = sign = 0
 
         def canvas() -> Canvas:
