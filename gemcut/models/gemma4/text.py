@@ -6,6 +6,7 @@ x is the residual stream, h is x normed for this layer by the operation that clo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -245,7 +246,8 @@ class Decoder(nn.Module):
             )
             for layer in {layer.kind: layer for layer in self.plan.layers}.values()
         }
-        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        layers = cast("list[DenseLayer]", list(self.layers))
+        norms = [layer.input_layernorm for layer in layers] + [self.norm]
         x, h = embed(  # S0
             batch.token_ids,
             self.embed_tokens.weight,
@@ -255,7 +257,7 @@ class Decoder(nn.Module):
             eps=self.plan.eps,
             backend=self.backend,
         )
-        for plan, layer, next_norm in zip(self.plan.layers, self.layers, norms[1:], strict=True):
+        for plan, layer, next_norm in zip(self.plan.layers, layers, norms[1:], strict=True):
             rows = batch.sliding if plan.kind == "sliding" else batch.full
             x, h = layer(x, h, next_norm, ropes[plan.kind], rows, kv[plan.kv_layer], batch)
         return h

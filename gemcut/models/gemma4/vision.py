@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -130,7 +132,7 @@ class VisionTower(nn.Module):
         plan, backend = self.plan, self.backend
         embedder = self.patch_embedder
         dtype = embedder.input_proj.weight.dtype
-        layers = list(self.encoder.layers)
+        layers = cast("list[TowerLayer]", list(self.encoder.layers))
         inv_freq = tower_inv_freq(plan.rope_theta, plan.head_dim, patches.pixels.device)
         columns, rows = patches.positions.unbind(dim=1)
         ropes = (
