@@ -13,9 +13,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread of torch a worker: two workers share the machine
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-PICTURE := gemcut/cli/sample.png
+PICTURES := gemcut/demo/pictures
 # show the command line, then run it
-ASK := ask() { printf '\n$$ gemcut run %s "%s"\n' "$$1" "$$2"; $(BIN)/gemcut run "$$1" "$$2"; }; ask
+ASK := ask() { printf '\n$$ gemcut run %s "%s"\n' "$$1" "$$2"; $(BIN)/gemcut run $$1 "$$2"; }; ask
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check clean
@@ -24,9 +24,9 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
 
 demo: $(VENV)/.run
-	@$(ASK) $(PICTURE) "What shape is it?"
-	@$(ASK) $(PICTURE) "What color is the circle?"
-	@$(ASK) $(PICTURE) "Is there a blue square?"
+	@$(ASK) "$(PICTURES)/shapes.png" "Describe the image."
+	@$(ASK) "$(PICTURES)/sign.png" "What does the sign say?"
+	@$(ASK) "$(PICTURES)/first.png $(PICTURES)/second.png" "Which image has more shapes?"
 
 test: $(VENV)/.dev
 	@$(PYTEST)

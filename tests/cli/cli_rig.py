@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
+from gemcut import demo
 from gemcut.cli import main
 
 ROOT = Path(__file__).parents[2]
-CIRCLE = str(ROOT / "gemcut" / "cli" / "sample.png")  # a red circle on white
+SIGN = str(demo.PICTURES / "sign.png")
 LIMIT_S = 300  # for a machine that is busy with other things; each takes 2 or 3
-COLOR = "What color is the circle?"
+QUESTION, SAID = "What does the sign say?", "GEMCUT\n"
 
 
 @dataclass(frozen=True)

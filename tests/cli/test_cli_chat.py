@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from cli_rig import CIRCLE, COLOR, call, on_terminal, refused
+from cli_rig import QUESTION, SAID, SIGN, call, on_terminal, refused
 
 
 def test_turns_through_a_pipe() -> None:
-    result = call("chat", stdin=f"/image {CIRCLE}\n{COLOR}\n\n/image '{CIRCLE}'\n{COLOR}\n")
+    result = call("chat", stdin=f"/image {SIGN}\n{QUESTION}\n\n/image '{SIGN}'\n{QUESTION}\n")
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith("red\n")
+    assert result.out.startswith(SAID)
     assert result.out.count("\n") == 2
 
 
 def test_a_reset_forgets() -> None:
-    turn = f"/image {CIRCLE}\n{COLOR}\n"
+    turn = f"/image {SIGN}\n{QUESTION}\n"
     result = call("chat", stdin=f"{turn}/reset\n{turn}/system Be brief.\n/system\n{turn}/quit\nnever read\n")
-    assert (result.code, result.out, result.err) == (0, "red\n" * 3, "")
+    assert (result.code, result.out, result.err) == (0, SAID * 3, "")
 
 
 def test_mistakes_are_told_and_the_conversation_goes_on() -> None:
     result = call(
-        "chat", stdin=f"/imagine x\n/image\n/image nowhere.png\n/image /\n/image {CIRCLE}\n{COLOR}\n/help\n"
+        "chat", stdin=f"/imagine x\n/image\n/image nowhere.png\n/image /\n/image {SIGN}\n{QUESTION}\n/help\n"
     )
     assert result.code == 1  # a script must know
-    assert result.out == "red\n"
+    assert result.out == SAID
     told = result.err.splitlines()
     assert told[0] == "gemcut: There is no command /imagine. Did you mean /image?"
     assert told[1] == "gemcut: Which picture? /image FILE"
@@ -36,16 +36,16 @@ def test_a_file_that_is_no_picture_is_not_tried_again(tmp_path: object) -> None:
     file = f"{tmp_path}/a.png"
     with open(file, "w") as out:
         out.write("text")
-    result = call("chat", stdin=f"/image {file}\nWhat?\n/image {CIRCLE}\n{COLOR}\n")
-    assert (result.code, result.out) == (1, "red\n")
+    result = call("chat", stdin=f"/image {file}\nWhat?\n/image {SIGN}\n{QUESTION}\n")
+    assert (result.code, result.out) == (1, SAID)
     assert result.err.startswith(f"gemcut: {file}: ")
     assert result.err.count("\n") == 1
 
 
 def test_too_long_a_conversation() -> None:
-    result = call("chat", "--max-model-len", "100", stdin=f"/image {CIRCLE}\n{COLOR}\n{'word ' * 40}\n")
+    result = call("chat", "--max-model-len", "100", stdin=f"/image {SIGN}\n{QUESTION}\n{'word ' * 40}\n")
     assert result.code == 1
-    assert result.out == "red\n"
+    assert result.out == SAID
     assert "/reset begins a new conversation" in result.err
 
 
@@ -62,14 +62,15 @@ def test_flags_are_checked_first() -> None:
 
 def test_on_a_terminal() -> None:
     typed = [
-        ("> ", f"/image {CIRCLE}\n"),
-        ("> ", f"{COLOR}\n"),
-        ("first after", "What shape is it?\n"),
-        ("cached", "/quit\n"),  # the second turn found the first one's KV
+        ("> ", f"/image {SIGN}\n"),
+        ("> ", f"{QUESTION}\n"),
+        ("first after", "What color is the sign?\n"),
+        ("first after", f"{QUESTION}\n"),
+        (" cached)", "/quit\n"),  # pages of the turns before, none of which ends inside the picture
     ]
     code, shown = on_terminal(["chat"], typed)
     assert code == 0
-    assert "red\n" in shown
+    assert SAID in shown
     assert "Traceback" not in shown
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_rig import CIRCLE, ROOT, call, environment, refused
+from cli_rig import ROOT, SIGN, call, environment, refused
 
 from gemcut import demo
 
@@ -92,7 +92,7 @@ def test_folders_files_and_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_mistakes(tmp_path: Path) -> None:
     refused(1, "inspect", "nowhere", says="There is no folder nowhere")
-    refused(1, "inspect", CIRCLE, says="is no config.json")
+    refused(1, "inspect", SIGN, says="is no config.json")
     refused(1, "inspect", str(tmp_path), says="config.json is missing")
     refused(2, "inspect", "31B", "--gpu-memory", "big", says="no amount of memory")
     refused(2, "inspect", "31B", "--gpu-memory-utilization", "0", says="must lie above 0")

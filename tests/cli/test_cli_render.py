@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_rig import CIRCLE, LIMIT_S, call, command, environment, refused
+from cli_rig import LIMIT_S, SIGN, call, command, environment, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,8 +115,8 @@ def test_mistakes() -> None:
     refused(2, "render", says="FILE.jsonl")
     refused(2, "render", "nowhere.jsonl", says="nowhere.jsonl cannot be read: No such file")
     refused(2, "render", "/", says="Is a directory")
-    refused(2, "render", CIRCLE, "--variant", "odd", says="'empty-thought'")
-    refused(1, "render", CIRCLE, "--model", "nowhere", says="There is no folder nowhere")
+    refused(2, "render", SIGN, "--variant", "odd", says="'empty-thought'")
+    refused(1, "render", SIGN, "--model", "nowhere", says="There is no folder nowhere")
 
 
 def test_lines_are_answered_as_they_come_and_without_torch() -> None:

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from cli_rig import CIRCLE, COLOR, LIMIT_S, call, command, environment, on_terminal, refused, spawn
+from cli_rig import LIMIT_S, QUESTION, SAID, SIGN, call, command, environment, on_terminal, refused, spawn
 from PIL import Image
 
 from gemcut import demo
@@ -24,31 +24,31 @@ KEYS = (
 
 
 def test_answer_in_a_pipe() -> None:
-    result = call("run", CIRCLE, COLOR)
-    assert (result.code, result.out, result.err) == (0, "red\n", "")
+    result = call("run", SIGN, QUESTION)
+    assert (result.code, result.out, result.err) == (0, SAID, "")
 
 
 def test_flags_may_come_anywhere() -> None:
-    assert call("run", "--temperature", "0", CIRCLE, "--max-tokens", "8", COLOR).out == "red\n"
+    assert call("run", "--temperature", "0", SIGN, "--max-tokens", "20", QUESTION).out == SAID
 
 
 def test_two_pictures_keep_their_order(tmp_path: Path) -> None:
     blue = tmp_path / "blue.png"
     Image.new("RGB", (96, 96), "blue").save(blue)
-    ids = [call("run", *pair, COLOR, "--json", "--max-tokens", "1").json["prompt_token_ids"]
-           for pair in ((CIRCLE,), (str(blue), CIRCLE), (CIRCLE, str(blue)))]  # fmt: skip
+    ids = [call("run", *pair, QUESTION, "--json", "--max-tokens", "1").json["prompt_token_ids"]
+           for pair in ((SIGN,), (str(blue), SIGN), (SIGN, str(blue)))]  # fmt: skip
     assert len(ids[0]) < len(ids[1]) == len(ids[2])
     assert ids[1] != ids[2]  # the pictures have different numbers of tokens
     assert ids[1][-10:] == ids[0][-10:]
 
 
 def test_json() -> None:
-    result = call("run", CIRCLE, COLOR, "--json")
+    result = call("run", SIGN, QUESTION, "--json")
     assert result.code == 0
     assert result.out.count("\n") == 1
     found = result.json
     assert list(found) == [*KEYS, "used"]
-    assert (found["text"], found["reasoning"], found["tool_calls"]) == ("red", "", [])
+    assert (found["text"], found["reasoning"], found["tool_calls"]) == (SAID.strip(), "", [])
     assert found["finish_reason"] == "stop"
     usage = found["usage"]
     assert usage["prompt_tokens"] == len(found["prompt_token_ids"])
@@ -69,13 +69,13 @@ def test_device_and_dtype_are_taken() -> None:
 
 
 def test_length_is_told() -> None:
-    found = call("run", CIRCLE, COLOR, "--json", "--max-tokens", "1").json
+    found = call("run", SIGN, QUESTION, "--json", "--max-tokens", "1").json
     assert (found["finish_reason"], len(found["token_ids"])) == ("length", 1)
 
 
 def test_a_full_context_is_told() -> None:
-    prompt = len(call("run", CIRCLE, COLOR, "--json", "--max-tokens", "1").json["prompt_token_ids"])
-    result = call("run", CIRCLE, COLOR, "--max-model-len", str(prompt + 1))
+    prompt = len(call("run", SIGN, QUESTION, "--json", "--max-tokens", "1").json["prompt_token_ids"])
+    result = call("run", SIGN, QUESTION, "--max-model-len", str(prompt + 1))
     assert result.code == 0
     assert "context is full" in result.err
 
@@ -91,7 +91,7 @@ def test_seed_and_temperature() -> None:
 
 def test_system_think_and_image_tokens_reach_the_prompt() -> None:
     def ids(*flags: str) -> list[int]:
-        return call("run", CIRCLE, "hi", "--json", "--max-tokens", "1", *flags).json["prompt_token_ids"]
+        return call("run", SIGN, "hi", "--json", "--max-tokens", "1", *flags).json["prompt_token_ids"]
 
     plain = ids()
     assert len(ids("--system", "Be brief.")) > len(plain)
@@ -116,7 +116,7 @@ def test_thoughts_go_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_think_run_answers() -> None:
-    result = call("run", CIRCLE, COLOR, "--think", "--max-tokens", "200")
+    result = call("run", SIGN, QUESTION, "--think", "--max-tokens", "200")
     assert result.code == 0
     assert "<|channel>" not in result.out + result.err
 
@@ -125,9 +125,9 @@ def test_environment_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMCUT_JSON", "1")
     monkeypatch.setenv("GEMCUT_MAX_TOKENS", "1")
     monkeypatch.setenv("GEMCUT_DTYPE", "bfloat16")
-    found = call("run", CIRCLE, COLOR).json
+    found = call("run", SIGN, QUESTION).json
     assert (found["finish_reason"], found["used"]["dtype"]) == ("length", "bfloat16")
-    assert call("run", CIRCLE, COLOR, "--dtype", "float32").json["used"]["dtype"] == "float32"
+    assert call("run", SIGN, QUESTION, "--dtype", "float32").json["used"]["dtype"] == "float32"
     monkeypatch.setenv("GEMCUT_MODEL", "nowhere")
     refused(1, "run", "hi", says="There is no folder nowhere")
     monkeypatch.setenv("GEMCUT_MAX_TOKENS", "many")
@@ -147,14 +147,14 @@ def test_verbose_tells_what_fits() -> None:
     [
         ((), "There is no question"),
         (("",), "The question is empty"),
-        ((CIRCLE, " \n"), "The question is empty"),
-        ((CIRCLE,), "the question comes after it"),
+        ((SIGN, " \n"), "The question is empty"),
+        ((SIGN,), "the question comes after it"),
         (("nowhere.png", "hi"), "There is no picture file 'nowhere.png'"),
         (("/", "hi"), "/ is a directory"),
         (("", "hi"), "name is empty"),
         (("x" * 5000, "hi"), "too long"),
         (("https://example.com/a.png", "hi"), "web address"),
-        ((CIRCLE, "What", "is", "this?"), "put it in quotes"),
+        ((SIGN, "What", "is", "this?"), "put it in quotes"),
         (("--modle", "x", "hi"), "Did you mean --model"),
         (("--what is it?",), "goes after --"),
         (("hi", "--dtype", "fp8"), "'fp8' is not one of 'auto', 'bfloat16'"),
@@ -185,7 +185,7 @@ def test_no_such_command() -> None:
 
 
 def test_pictures_that_are_none(tmp_path: Path) -> None:
-    whole = Path(CIRCLE).read_bytes()
+    whole = Path(SIGN).read_bytes()
     side = 40_000
     bomb = b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -203,14 +203,14 @@ def test_pictures_that_are_none(tmp_path: Path) -> None:
         ("film.mp4", b"\0\0\0\x18ftypmp42" + bytes(100), "MP4"),
     ):
         (tmp_path / name).write_bytes(data)
-        refused(1, "run", CIRCLE, str(tmp_path / name), "hi", says=says)
+        refused(1, "run", SIGN, str(tmp_path / name), "hi", says=says)
         refused(1, "run", str(tmp_path / name), "hi", says=name)
 
 
 def test_models_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(1, "run", "hi", "--model", str(tmp_path / "nowhere"), says="There is no folder")
     refused(1, "run", "hi", "--model", str(tmp_path), says="config.json is missing")
-    refused(1, "run", "hi", "--model", CIRCLE, says="is a file")
+    refused(1, "run", "hi", "--model", SIGN, says="is a file")
     refused(1, "run", "hi", "--revision", "main", "--model", str(tmp_path), says="revision")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -276,14 +276,14 @@ def test_a_failed_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_a_pipe_there_is_no_escape_code() -> None:
-    found = spawn("run", CIRCLE, COLOR)
-    assert (found.returncode, found.stdout, found.stderr) == (0, b"red\n", b"")
+    found = spawn("run", SIGN, QUESTION)
+    assert (found.returncode, found.stdout, found.stderr) == (0, SAID.encode(), b"")
 
 
 def test_on_a_terminal() -> None:
-    code, shown = on_terminal(["run", CIRCLE, COLOR])
+    code, shown = on_terminal(["run", SIGN, QUESTION])
     assert code == 0
-    assert "red\n" in shown
+    assert SAID in shown
     assert "\x1b[2m" in shown  # the closing line is dim
     assert "tokens in" in shown
     assert "cpu" in shown or "cuda" in shown
@@ -291,7 +291,7 @@ def test_on_a_terminal() -> None:
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     process = subprocess.Popen(
-        command("run", CIRCLE, COLOR), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        command("run", SIGN, QUESTION), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -320,7 +320,11 @@ def test_ctrl_c() -> None:
 def test_output_that_cannot_be_written() -> None:
     with open("/dev/full", "wb") as full:
         found = subprocess.run(
-            command("run", CIRCLE, COLOR), stdout=full, stderr=subprocess.PIPE, check=False, env=environment()
-        )
+            command("run", SIGN, QUESTION),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            env=environment(),
+        )  # fmt: skip
     assert found.returncode == 1
     assert found.stderr == b"gemcut: The output cannot be written: No space left on device.\n"
