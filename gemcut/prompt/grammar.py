@@ -23,18 +23,18 @@ import llguidance
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from gemcut.errors import InvalidRequest
+from gemcut.errors import GemcutError, InvalidRequest
 from gemcut.prompt.tokenizer import Tokenizer
 from gemcut.sampling import StructuredOutputs
 from gemcut.worker_pool import Buffer, WorkerDied, WorkerOverran, WorkerPool
 
 CHILD = "gemcut.prompt.grammar_main"
 
-# llguidance's defaults, less where they admit steps of seconds: the fuel for building a lexer is a fifth (a
-# step of `((a{1000}){1000}){1000}` then gives up after 0.1 s, not 1 s), the states of one are 50,000 (some
-# 50 MB). Errors in full would carry the whole schema.
+# llguidance's defaults, less where they admit steps of seconds: the fuel for building a lexer is a tenth (a
+# step of `((a{1000}){1000}){1000}` then gives up after 0.1 s, not 1 s; 5,000 strings of 17 letters to choose
+# from are still served), the states of one are 50,000 (some 50 MB). Errors in full would carry the schema.
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=200_000,
+    initial_lexer_fuel=100_000,
     step_lexer_fuel=200_000,
     max_lexer_states=50_000,
     max_grammar_size=500_000,
@@ -45,7 +45,7 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 
 # Hello: HELLO, special ids, ids that end an answer, lengths of the tokens (uint32 each), the tokens' bytes.
 # A job is the grammar's text. Its answer is TRIED and the error's text, empty if there is none.
-HELLO = struct.Struct("<IIII")  # logits, tokens, special ids, end ids
+HELLO = struct.Struct("<III")  # counts: tokens, special ids, end ids
 TRIED = struct.Struct("<dQ")  # seconds of the slowest step, bytes that the process grew by
 
 Phase = Literal["opening", "thought", "content"]
@@ -62,15 +62,16 @@ class Vocabulary:
     def __init__(
         self, num_logits: int, tokens: Sequence[bytes], special: Sequence[int], ends: Sequence[int]
     ) -> None:
-        self.num_logits, self.ends = num_logits, list(ends)
-        self.tokens = list(tokens)
+        self.ends = list(ends)
+        # one entry for each logit, empty where there is no token: `n_vocab` would not lengthen the list
+        self.tokens = [*tokens, *[b""] * (num_logits - len(tokens))]
         self.special_token_ids = list(special)
         self.eos_token_id = self.ends[0]
         self.bos_token_id = None
 
     def build(self) -> LLTokenizer:
         """Seconds for 262,144 tokens, with the GIL held."""
-        return LLTokenizer(self, n_vocab=self.num_logits, eos_token=self.ends)  # type: ignore[arg-type]
+        return LLTokenizer(self, eos_token=self.ends)  # type: ignore[arg-type]
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Ids of text that the grammar leaves no choice about."""
@@ -78,7 +79,7 @@ class Vocabulary:
 
     def hello(self) -> list[Buffer]:
         """The frame that a process is greeted with."""
-        counts = self.num_logits, len(self.tokens), len(self.special_token_ids), len(self.ends)
+        counts = len(self.tokens), len(self.special_token_ids), len(self.ends)
         lengths = [len(token) for token in self.tokens]
         numbers = np.array([*self.special_token_ids, *self.ends, *lengths], dtype="<u4")
         return [HELLO.pack(*counts), numbers.tobytes(), b"".join(self.tokens)]
@@ -144,6 +145,7 @@ class Grammars:
         self.thought_mask = self.end_mask  # made with the vocabulary
         self._built: tuple[LLTokenizer, WorkerPool, LLExecutor] | None = None
         self._build_lock = threading.Lock()
+        self._closed = False
         self._lock = threading.Lock()
         self._compiled: OrderedDict[bytes, Grammar] = OrderedDict()
         self._bytes = 0
@@ -156,6 +158,7 @@ class Grammars:
     def close(self) -> None:
         """End the process of the trials. May be called again."""
         with self._build_lock:
+            self._closed = True
             if self._built is not None:
                 self._built[1].close()
 
@@ -224,7 +227,9 @@ class Grammars:
 
     def _admit(self, state: GrammarState, words: np.ndarray) -> np.ndarray:
         words &= self._possible
-        if state.matcher.is_error():
+        if state.error is not None:
+            pass  # it stays as it is
+        elif state.matcher.is_error():
             state.error = f"The grammar cannot go on: {first_line(state.matcher.get_error())}."
         elif not words.any():
             state.error = "The grammar admits no token here that the model can write."
@@ -262,6 +267,8 @@ class Grammars:
     def _build(self) -> tuple[LLTokenizer, WorkerPool, LLExecutor]:
         if self._built is None:
             with self._build_lock:
+                if self._closed:
+                    raise GemcutError("The engine was closed: it compiles no more grammars.")
                 if self._built is None:
                     vocabulary = _TokenizerVocabulary(self._tokenizer, self._num_logits, self._ends)
                     # a thought is text of any kind: it cannot end the answer, nor open a call or a thought
