@@ -132,10 +132,11 @@ def fp32_attention(
     """Attention for transformers' models with one rounding, as gemcut's. q, k, v: [B, heads, T, D]."""
     groups = query.shape[1] // key.shape[1]
     keys, values = (t.float().repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = query.float() @ keys.transpose(2, 3)
-    if attention_mask is not None:
-        scores = scores + attention_mask.float()
-    return (scores.softmax(dim=-1) @ values).transpose(1, 2).to(query.dtype), None
+    mask = None if attention_mask is None else attention_mask.float()
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), keys, values, attn_mask=mask, scale=1.0
+    )
+    return out.transpose(1, 2).to(query.dtype), None
 
 
 # In bf16 transformers' eager attention rounds scores and probabilities (spec 10 item 5) and hides behind

@@ -23,10 +23,12 @@ def check(
 ) -> None:
     """Raise ValueError unless `tensor` has this shape (None: any size), dtype and device, and is dense."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    fits = tensor.dim() == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if fits and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
+    if (
+        tensor.dtype in dtypes
+        and _fits(tensor.shape, shape)
+        and tensor.device == device
+        and tensor.is_contiguous()
+    ):
         return
     want = f"[{', '.join('*' if size is None else str(size) for size in shape)}]"
     names = " or ".join(_short(d) for d in dtypes)
@@ -35,6 +37,15 @@ def check(
         f"{operation}: {name} must be {want} {names} on {device}, "
         f"got {list(tensor.shape)} {_short(tensor.dtype)} on {tensor.device}{dense}"
     )
+
+
+def _fits(have: Sequence[int], want: Sequence[int | None]) -> bool:
+    if len(have) != len(want):
+        return False
+    for size, wanted in zip(have, want, strict=True):  # noqa: SIM110 (a generator takes twice as long)
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def check_activation(operation: str, name: str, tensor: torch.Tensor, dims: int) -> None:

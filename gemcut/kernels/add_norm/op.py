@@ -11,9 +11,9 @@ from gemcut.kernels.check import check, check_activation
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """n(x; w) over the last dimension: fp32 inside, the weight included, one rounding (spec 2.1)."""
     wide = x.float()
-    out = wide * torch.pow(wide.square().mean(-1, keepdim=True) + eps, -0.5)
+    out = wide * wide.square().mean(-1, keepdim=True).add_(eps).pow_(-0.5)
     if weight is not None:
-        out = out * weight.float()
+        out *= weight.float()
     return out.to(x.dtype)
 
 

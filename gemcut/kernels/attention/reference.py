@@ -97,11 +97,16 @@ def _attend_decode(
     page_size, kv_heads = k_pages.shape[1:3]
     length = torch.tensor(lengths, device=q.device)[:, None]
     first = torch.zeros_like(length) if window is None else (length - window).clamp(min=0)
-    k = first + torch.arange(int((length - first).max()), device=q.device)  # [R, n] positions
-    seen = k < length
-    # a place behind a row's end reads its last key once more and sees nothing of it: never a foreign page
-    k = torch.minimum(k, length - 1)
-    slots = (page_table.gather(1, k // page_size) * page_size + k % page_size).flatten()
+    first_page, last_page = first // page_size, (length - 1) // page_size
+    places = first_page + torch.arange(int((last_page - first_page).max()) + 1, device=q.device)
+    pages = page_table.gather(1, torch.minimum(places, last_page))  # [R, P]
+    in_page = torch.arange(page_size, device=q.device)
+    k = (places[:, :, None] * page_size + in_page).flatten(1)  # [R, n] positions
+    seen = (k >= first) & (k < length)
+    slots = (pages[:, :, None] * page_size + in_page).flatten(1)
+    # A key that is not seen may be anything, NaN included: the row's newest one is read in its place.
+    own = slots.gather(1, length - 1 - first_page * page_size)
+    slots = torch.where(seen, slots, own).flatten()
     keys, values = (
         pool.flatten(0, 1).index_select(0, slots).view(rows, -1, kv_heads, head).transpose(1, 2).float()
         for pool in (k_pages, v_pages)

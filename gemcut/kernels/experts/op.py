@@ -30,13 +30,12 @@ def grouped_glu(
         from gemcut.kernels.experts import triton as implementation
 
         return implementation.grouped_glu(h, gate_up, routing, backend=backend)
-    top_k = routing.experts.shape[1]
-    out = h.new_empty(routing.order.shape[0], gate_up.shape[1] // 2)
+    rows = h.index_select(0, routing.order // routing.experts.shape[1])
+    out = rows.new_empty(rows.shape[0], gate_up.shape[1])
     for expert, start, stop in _groups(routing):
-        rows = routing.order[start:stop] // top_k
-        gate, up = product(h[rows], gate_up[expert], backend.deterministic).chunk(2, dim=-1)
-        out[start:stop] = functional.gelu(gate, approximate="tanh") * up
-    return out
+        out[start:stop] = product(rows[start:stop], gate_up[expert], backend.deterministic)
+    gate, up = out.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
 
 
 def grouped_linear(
@@ -56,8 +55,8 @@ def grouped_linear(
         return implementation.grouped_linear(m, down, routing, backend=backend)
     out = m.new_empty(m.shape[0], down.shape[1])
     for expert, start, stop in _groups(routing):
-        out[routing.order[start:stop]] = product(m[start:stop], down[expert], backend.deterministic)
-    return out.view(*routing.experts.shape, -1)
+        out[start:stop] = product(m[start:stop], down[expert], backend.deterministic)
+    return torch.empty_like(out).index_copy_(0, routing.order, out).view(*routing.experts.shape, -1)
 
 
 def _check_routing(
