@@ -39,38 +39,38 @@ ROUNDS = 5
 Chunk, Single, Tile = attention.ChunkConfig, attention.SingleConfig, experts.Config
 CHUNKS = {
     256: (
-        Chunk(128, 64, 256, 8, 2),
-        Chunk(128, 64, 256, 8, 2, one_loop=True),
-        Chunk(128, 32, 256, 8, 3),
-        Chunk(128, 32, 256, 8, 3, one_loop=True),
-        Chunk(64, 32, 256, 4, 2),
-        Chunk(64, 64, 256, 4, 2),
+        Chunk(128, 32, 256, 8, 5),
+        Chunk(128, 32, 256, 8, 5, one_loop=True),
+        Chunk(128, 32, 256, 8, 7),
+        Chunk(128, 64, 256, 8, 3),
+        Chunk(64, 32, 256, 4, 3),
+        Chunk(64, 32, 256, 4, 5),
     ),
     512: (
-        Chunk(64, 32, 512, 8, 2),
-        Chunk(64, 32, 512, 8, 2, one_loop=True),
-        Chunk(128, 32, 256, 8, 2),
-        Chunk(128, 32, 256, 8, 2, one_loop=True),
-        Chunk(128, 64, 256, 8, 1),
-        Chunk(64, 32, 256, 4, 2),
+        Chunk(128, 32, 256, 8, 3),
+        Chunk(128, 32, 256, 8, 3, one_loop=True),
+        Chunk(128, 16, 256, 8, 5),
+        Chunk(64, 32, 512, 8, 3),
+        Chunk(64, 32, 512, 8, 3, one_loop=True),
+        Chunk(64, 32, 256, 4, 3),
     ),
 }
 SINGLES = {
     256: (
-        Single(64, 132, 4, 2),
-        Single(64, 264, 4, 2),
-        Single(32, 264, 4, 2),
+        Single(64, 132, 4, 3),
+        Single(64, 264, 4, 3),
         Single(32, 264, 4, 3),
-        Single(32, 528, 4, 3),
-        Single(16, 528, 4, 4),
+        Single(32, 264, 4, 5),
+        Single(32, 528, 4, 5),
+        Single(16, 528, 4, 7),
     ),
     512: (
-        Single(32, 132, 8, 2),
-        Single(32, 264, 8, 2),
-        Single(32, 264, 4, 2),
-        Single(16, 132, 4, 3),
-        Single(16, 264, 4, 3),
-        Single(16, 264, 8, 4),
+        Single(32, 132, 8, 3),
+        Single(32, 264, 8, 3),
+        Single(32, 264, 4, 3),
+        Single(16, 132, 4, 5),
+        Single(16, 264, 4, 5),
+        Single(16, 264, 8, 7),
     ),
 }
 # by (token, slot) pairs up to which they may serve
@@ -124,10 +124,10 @@ LINEAR = GLU | {
 PICTURES = (
     tower.Config(128, 64, 8, 2),
     tower.Config(128, 64, 8, 3),
-    tower.Config(128, 128, 8, 2),
-    tower.Config(64, 64, 4, 2),
+    tower.Config(128, 128, 8, 3),
     tower.Config(64, 64, 4, 3),
-    tower.Config(64, 128, 4, 2),
+    tower.Config(64, 64, 4, 4),
+    tower.Config(64, 128, 4, 3),
 )
 
 Config = attention.ChunkConfig | attention.SingleConfig | experts.Config | tower.Config

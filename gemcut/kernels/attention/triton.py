@@ -28,6 +28,7 @@ SCRATCH_COLUMNS = 64  # columns that one program of the combine kernel adds up
 class ChunkConfig:
     """block_m: (token, head) pairs a program. block_n: keys a step. part: output columns a program;
     less than the head size computes the scores twice and keeps 128 rows at head size 512 in registers.
+    stages: page lookups take half of them, so K and V are under way (stages - 1) // 2 steps ahead.
     one_loop: masks every step, instead of a loop for steps that need none and one for the others."""
 
     block_m: int
@@ -98,10 +99,12 @@ def chunk_config(q: torch.Tensor, kv_heads: int, deterministic: bool) -> ChunkCo
     if q.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
         return ChunkConfig(least, 16, min(head, 256), warps=4, stages=1)
     if head <= 64:
-        return ChunkConfig(max(64, least), 64, head, warps=4, stages=2)
+        return ChunkConfig(max(64, least), 64, head, warps=4, stages=3)
     if head <= 256:
-        return ChunkConfig(128, 64, head, warps=8, stages=2)
-    return ChunkConfig(max(64, least), 32, min(head, 512), warps=8, stages=2)
+        # five stages hold three tiles of K and V, of 32 keys: loads are issued behind a step's second
+        # product, so those of the next step would come too late, those of the step after it do not
+        return ChunkConfig(128, 32, head, warps=8, stages=5)
+    return ChunkConfig(128, 32, min(head, 256), warps=8, stages=3)
 
 
 def single_config(q: torch.Tensor, kv_heads: int, rows: int) -> SingleConfig:
@@ -114,7 +117,7 @@ def single_config(q: torch.Tensor, kv_heads: int, rows: int) -> SingleConfig:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     if q.element_size() == 4:
         return SingleConfig(16, processors, warps=4, stages=1)
-    return SingleConfig(64 if head <= 256 else 32, 2 * processors, warps=4, stages=2)
+    return SingleConfig(64 if head <= 256 else 32, 2 * processors, warps=4, stages=3)
 
 
 def _chunks(

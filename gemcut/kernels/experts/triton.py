@@ -77,6 +77,8 @@ def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: B
         return Config(32, 64, 64, warps=4, stages=4)
     if rows <= 128:
         return Config(64, 128, 64, warps=4, stages=3)
+    if inputs <= 1024:  # few steps a tile: two programs a processor, one's loop hides the other's ends
+        return Config(128, 128, 64, warps=4, stages=3, thin=True)
     return Config(128, 256, 64, warps=8, stages=3, thin=True)
 
 
@@ -130,11 +132,11 @@ def _product(x_ptr, weight_ptr, rows, outputs, INPUTS: tl.constexpr, BLOCK_K: tl
     acc = tl.zeros([rows.shape[0], outputs.shape[0]], tl.float32)
     for start in tl.range(0, INPUTS, BLOCK_K):
         if INPUTS % BLOCK_K == 0:
+            weight = tl.load(weight_at)  # first: which rows of x is known later than which expert
             x = tl.load(x_at)
-            weight = tl.load(weight_at)
         else:
-            x = tl.load(x_at, mask=(k < INPUTS - start)[None, :], other=0.0)
             weight = tl.load(weight_at, mask=(k < INPUTS - start)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(k < INPUTS - start)[None, :], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision="ieee")
         x_at += BLOCK_K
         weight_at += BLOCK_K

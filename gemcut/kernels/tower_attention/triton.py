@@ -69,7 +69,7 @@ def find_config(q: torch.Tensor) -> Config:
         return Config(**fields)
     if q.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
         return Config(32, 32, warps=4, stages=1)
-    return Config(128, 64, warps=8, stages=2)
+    return Config(128, 64, warps=8, stages=3)
 
 
 @triton.jit
