@@ -45,7 +45,7 @@ def limited(config: ServerConfig) -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             self._end_head()
-            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > config.max_head_bytes:
                 raise ValueError("the head is too large")  # uvicorn answers 400 and closes
             super().on_headers_complete()

@@ -58,6 +58,10 @@ class Orders:
             except wire.BadFrame as error:
                 self.drop(error)
 
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._file.close()
+
     def drop(self, error: wire.BadFrame) -> None:
         """Count a frame that says nothing."""
         self.bad_frames += 1

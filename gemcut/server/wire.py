@@ -25,7 +25,11 @@ MAX_FRAME = 1 << 30  # far beyond the largest request that the front end lets in
 _PATCH_BYTES = PATCH * PATCH * 3
 
 
-class Picture(msgspec.Struct, array_like=True, frozen=True):
+class Fixed(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Values in a fixed order, no more and no fewer."""
+
+
+class Picture(Fixed, frozen=True):
     """`ImagePatches`, its pixels as bytes."""
 
     pixels: memoryview
@@ -37,14 +41,14 @@ class Picture(msgspec.Struct, array_like=True, frozen=True):
 # ---- to the engine
 
 
-class Start(msgspec.Struct, tag="start", array_like=True, frozen=True):
+class Start(Fixed, tag="start", frozen=True):
     """The first frame. max_waiting: requests that may wait in the engine."""
 
     config: EngineConfig
     max_waiting: int
 
 
-class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
+class Submit(Fixed, tag="submit", frozen=True):
     """A `Job`. streamed: deltas are wanted, not only the whole output."""
 
     request_id: str
@@ -61,45 +65,45 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     streamed: bool
 
 
-class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
+class Abort(Fixed, tag="abort", frozen=True):
     """End a job."""
 
     request_id: str
 
 
-class Ping(msgspec.Struct, tag="ping", array_like=True, frozen=True):
+class Ping(Fixed, tag="ping", frozen=True):
     """Are you there?"""
 
 
-class Quit(msgspec.Struct, tag="quit", array_like=True, frozen=True):
+class Quit(Fixed, tag="quit", frozen=True):
     """End the process."""
 
 
 # ---- to the front end
 
 
-class Started(msgspec.Struct, tag="started", array_like=True, frozen=True):
+class Started(Fixed, tag="started", frozen=True):
     """Weights are loaded and one forward pass is done. used: `runner.start.Used`, as text for logs."""
 
     max_model_len: int
     used: dict[str, str]
 
 
-class Failed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
+class Failed(Fixed, tag="failed", frozen=True):
     """The engine's last words. kind: the error's class; "crash" for an exception that is nobody's."""
 
     kind: str
     message: str
 
 
-class News(msgspec.Struct, tag="news", array_like=True, frozen=True):
+class News(Fixed, tag="news", frozen=True):
     """Deltas of one step, and the outputs of jobs that ended with it."""
 
     deltas: tuple[tuple[str, Delta], ...]
     outputs: tuple[RequestOutput, ...]
 
 
-class Refused(msgspec.Struct, tag="refused", array_like=True, frozen=True):
+class Refused(Fixed, tag="refused", frozen=True):
     """A job that the engine does not take. Read it with `refusal`."""
 
     request_id: str
@@ -109,7 +113,7 @@ class Refused(msgspec.Struct, tag="refused", array_like=True, frozen=True):
     retry_after_s: float = 0.0
 
 
-class Pong(msgspec.Struct, tag="pong", array_like=True, frozen=True):
+class Pong(Fixed, tag="pong", frozen=True):
     """The answer to a ping. step_s: how long the present step has been going on, 0 between steps."""
 
     stats: Stats

@@ -1,0 +1,177 @@
+"""The server's life: what happens when the engine dies, hangs or is asked to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+from server_rig import Server, read_all, until
+
+from gemcut.server.errors import TABLE
+
+
+def events(raw: bytes) -> list[str]:
+    return [line[6:] for line in raw.decode().split("\n") if line.startswith("data: ")]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(demo: Server) -> None:
+    """Figure 7 of the reliability rules, once, with the demo model under load."""
+    streams = [demo.open_stream("x", ignore_eos=True, max_tokens=3000) for _ in range(8)]
+    for stream in streams:
+        assert stream.recv(64, 0x02)  # MSG_PEEK: it has begun
+    os.kill(demo.engine_pid, signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: demo.get("/ready").status == 503, 1.0)
+    raws = [read_all(stream) for stream in streams]
+    assert time.monotonic() - killed < 1.0
+    for raw in raws:
+        last = json.loads(events(raw)[-1])
+        assert last["error"]["code"] == "engine_died"
+        assert "[DONE]" not in events(raw)
+    refused = demo.chat("x")
+    assert refused.status == 503
+    assert refused.error["code"] == "not_ready"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert demo.get("/live").status == 200
+    until(lambda: demo.get("/ready").status == 200, 30.0, demo.log)
+    assert demo.chat("x", max_tokens=2).status == 200
+    assert b"gemcut:engine_restarts_total" in demo.get("/metrics").body
+
+
+def test_an_engine_that_crashes_takes_no_request_twice() -> None:
+    watch = {"most_deaths": 3}
+    with Server.scripted(watch=watch) as server:
+        pids = {server.engine_pid}
+        for _ in range(2):
+            reply = server.chat("crash")
+            assert reply.status == 503
+            assert reply.error["code"] == "engine_died"
+            assert int(reply.headers["retry-after"]) >= 1
+            until(lambda: server.get("/ready").status == 200, 20.0)
+            pids.add(server.engine_pid)
+        assert len(pids) == 3
+        assert server.chat("hello").status == 200
+        assert {line["reason"] for line in server.lines("the engine died")} == {
+            "crash: RuntimeError: the device is gone"
+        }
+        # the third death within the time is one too many
+        server.chat("crash")
+        assert server.process.wait(10) == 1
+
+
+def test_a_step_that_does_not_end_is_noticed() -> None:
+    with Server.scripted(watch={"step_s": 0.5, "ping_s": 0.1}) as server:
+        began = time.monotonic()
+        reply = server.chat("hang")
+        assert reply.error["code"] == "engine_died"
+        assert time.monotonic() - began < 3.0
+        until(lambda: server.get("/ready").status == 200, 20.0)
+        assert server.chat("hello").status == 200
+        assert server.lines("the engine died")[0]["exit_status"] == -signal.SIGKILL
+
+
+def test_a_stopped_process_is_noticed() -> None:
+    with Server.scripted(watch={"silence_s": 0.5, "ping_s": 0.1}) as server:
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        until(lambda: server.get("/ready").status == 503, 2.0)
+        until(lambda: server.get("/ready").status == 200, 20.0)
+
+
+def test_sigterm_lets_those_in_flight_finish() -> None:
+    with Server.scripted(step_s=0.01, config={"drain_s": 20.0}) as server:
+        streams = [server.open_stream("long", max_tokens=150) for _ in range(4)]
+        for stream in streams:
+            assert stream.recv(64, 0x02)
+        server.signal()
+        until(lambda: server.lines("draining"), 1.0)
+        refused = server.chat("hello")
+        assert refused.status == 503
+        assert "shutting down" in refused.error["message"]
+        assert server.get("/ready").json == {"status": "draining"}
+        raws = [read_all(stream) for stream in streams]
+        assert all(events(raw)[-1] == "[DONE]" for raw in raws)
+        assert all('"finish_reason":"length"' in events(raw)[-2] for raw in raws)
+        engine = server.engine_pid
+        assert server.process.wait(5) == 0
+        assert not is_running(engine)
+
+
+def test_what_is_not_done_in_time_ends_in_an_error() -> None:
+    with Server.scripted(step_s=0.01, config={"drain_s": 0.3}) as server:
+        stream = server.open_stream("long", max_tokens=4000)
+        assert stream.recv(64, 0x02)
+        server.signal()
+        raw = read_all(stream)
+        assert json.loads(events(raw)[-1])["error"]["code"] == "engine_died"
+        assert server.process.wait(5) == 0
+
+
+def test_a_second_sigterm_ends_it_at_once_and_leaves_nothing() -> None:
+    with Server.scripted(step_s=0.01) as server:
+        stream = server.open_stream("long", max_tokens=4000)
+        assert stream.recv(64, 0x02)
+        engine = server.engine_pid
+        server.signal()
+        until(lambda: server.lines("draining"), 1.0)
+        assert server.process.poll() is None
+        server.signal()
+        assert json.loads(events(read_all(stream))[-1])["error"]["code"] == "engine_died"
+        assert server.process.wait(3) == 0
+        assert not is_running(engine)
+
+
+def test_the_engine_ends_with_a_front_end_that_is_killed() -> None:
+    with Server.scripted() as server:
+        engine = server.engine_pid
+        server.signal(signal.SIGKILL)
+        server.process.wait(5)
+        until(lambda: not is_running(engine), 5.0)
+
+
+def test_a_client_that_goes_away_ends_its_request(scripted: Server) -> None:
+    def running() -> float:
+        (line,) = [
+            line
+            for line in scripted.get("/metrics").body.decode().splitlines()
+            if line.startswith("gemcut:num_requests_running{")
+        ]
+        return float(line.split()[-1])
+
+    streams = [scripted.open_stream("long") for _ in range(5)]
+    until(lambda: running() == 5, 5.0)
+    for stream in streams:
+        stream.close()
+    took = until(lambda: running() == 0, 5.0)
+    assert took < 2.0
+
+
+def test_an_answer_that_takes_too_long_is_an_error() -> None:
+    with Server.scripted(step_s=0.01, config={"request_s": 0.5}) as server:
+        whole = server.chat("long")
+        assert whole.status == 504
+        assert whole.error["code"] == "timeout"
+        streamed = server.chat("long", stream=True).events()
+        assert streamed[-1]["error"]["code"] == "timeout"
+        assert len(streamed) > 10
+
+
+def test_every_error_class_has_its_row() -> None:
+    from gemcut import errors as shared
+    from gemcut.server import errors
+
+    def below(kind: type) -> list[type]:
+        return [kind, *(k for child in kind.__subclasses__() for k in below(child))]
+
+    ours = [k for k in below(shared.GemcutError) if k.__module__ in (errors.__name__, shared.__name__)]
+    missing = [k for k in ours if k not in TABLE and k not in (shared.ConfigError, shared.CheckpointError)]
+    assert missing == []
