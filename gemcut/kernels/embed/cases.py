@@ -9,20 +9,22 @@ import torch
 from gemcut.kernels.case import Case, MakeInputs, normal
 from gemcut.kernels.embed.op import embed
 
-VOCAB = 4096  # enough to gather from; the bytes of a row are what counts
+VOCAB = 4096  # enough to gather a few rows from
+LARGE_VOCAB = 65536  # 369 MB at H = 2816: many rows do not come from L2
 
 
 def _inputs(count: int, hidden: int, soft: int, ids: torch.dtype) -> MakeInputs:
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         draw = normal(generator, device, dtype)
+        vocab = LARGE_VOCAB if count > 1024 else VOCAB
         soft_rows = None
         if soft:
             soft_rows = torch.full((count,), -1, dtype=ids, device=device)
             places = torch.randperm(count, generator=generator, device=device)[:soft]
             soft_rows[places] = torch.arange(soft, dtype=ids, device=device)
         return {
-            "token_ids": torch.randint(VOCAB, (count,), generator=generator, device=device, dtype=ids),
-            "weight": draw(VOCAB, hidden, scale=0.05),
+            "token_ids": torch.randint(vocab, (count,), generator=generator, device=device, dtype=ids),
+            "weight": draw(vocab, hidden, scale=0.05),
             "soft": draw(soft, hidden) if soft else None,
             "soft_rows": soft_rows,
             "next_weight": draw(hidden, scale=0.3, shift=1.0),
