@@ -23,7 +23,9 @@ class EngineConfig:
     run at once. max_model_len: None for the model's context, or less if the KV cache cannot hold it.
     deterministic: tokens and logprobs of a request are bit-equal whatever else runs, however its prompt is
     chunked, cached or recomputed; slower. Without it products of other shapes may round otherwise, and
-    near-ties fall otherwise. image_tokens: budget of a picture when a request names none; None for the
+    near-ties fall otherwise. seed: requests that bring none get seeds derived from it, in order of arrival;
+    None draws them. kernels, graphs: "auto" takes the best that is proven on the device; what was not taken,
+    and why, stands in `Used.switched_off`. image_tokens: budget of a picture when a request names none; None for the
     checkpoint's.
     """
 
@@ -32,6 +34,7 @@ class EngineConfig:
     device: DeviceName = "auto"
     dtype: DTypeName = "auto"
     kernels: Literal["auto", "torch"] = "auto"
+    graphs: Literal["auto", "off"] = "auto"
     kv_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_batched_tokens: int = 2048
@@ -47,6 +50,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} does not exist. Choose one of: {', '.join(DTYPES)}.")
+        for name, known in (("kernels", ("auto", "torch")), ("graphs", ("auto", "off"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}. Choose {' or '.join(known)}.")
         for name in ("max_num_batched_tokens", "max_num_seqs", "page_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -55,6 +61,8 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must lie above 0 and at most 1, got {self.gpu_memory_utilization}."
             )
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
         for name in ("kv_bytes", "max_model_len"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -65,7 +65,7 @@ def start_engine(
         max_waiting=max_waiting,
     )
     ahead = started.runner.device.type == "cuda"
-    return Engine(files, limits, started.runner, ahead=ahead), started.used
+    return Engine(files, limits, started.runner, ahead=ahead, seed=config.seed), started.used
 
 
 class LLM:

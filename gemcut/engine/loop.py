@@ -6,7 +6,7 @@ One thread owns a loop. The plan of step n + 1 is made while step n runs, if the
 from __future__ import annotations
 
 import hashlib
-import secrets
+import random
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -85,9 +85,13 @@ def answer_seed(seed: int, index: int) -> int:
 class Engine:
     """Requests to a runner and back. Not thread-safe: one thread calls all methods."""
 
-    def __init__(self, files: ModelFiles, limits: Limits, runner: Runner, *, ahead: bool) -> None:
-        """ahead: plan and launch a step before the one before it is collected."""
+    def __init__(
+        self, files: ModelFiles, limits: Limits, runner: Runner, *, ahead: bool, seed: int | None = None
+    ) -> None:
+        """ahead: plan and launch a step before the one before it is collected. seed: requests that bring
+        none get theirs from it, by order of arrival; None draws them."""
         self.files, self.runner, self.ahead = files, runner, ahead
+        self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()
         self.scheduler = Scheduler(limits)
         self._groups: dict[str, _Group] = {}
         self._in_flight: deque[Step] = deque()
@@ -122,7 +126,7 @@ class Engine:
         )
         if params.structured_outputs is not None and grammar is None:
             grammar = self.grammars.compile(params.structured_outputs)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         now = time.monotonic()
         group = _Group(job, [], now)
         submitted: list[str] = []

@@ -55,7 +55,17 @@ def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str
     Raises ConfigError if the device, the dtype or the memory is not there.
     """
     began = time.perf_counter()
-    device, reason = choose_device(config.device)
+    device, switched_off = choose_device(config.device)
+    if device.type == "cuda":
+        if config.deterministic:
+            raise ConfigError(
+                "Deterministic mode is proven on the CPU only: on a GPU the library's products depend on the "
+                "batch. Use --device cpu, or run without it."
+            )
+        if config.kernels == "auto":
+            switched_off += (("triton kernels", "they are not proven on a GPU yet; the torch kernels run"),)
+        if config.graphs == "auto":
+            switched_off += (("CUDA graphs", "they are not built yet; operations are launched one by one"),)
     dtype, dtype_name = choose_dtype(config.dtype, stored_dtype, device)
     backend = Backend("torch", deterministic=config.deterministic)
     with torch.device("meta"):
@@ -93,7 +103,7 @@ def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str
         graphs="off",
         load_s=seconds,
         kv_tokens=sizes.full_pages * sizes.page_size,
-        switched_off=reason,
+        switched_off=switched_off,
     )
     log.info(
         "%.2f GB of weights on %s as %s in %.1f s; KV cache of %.2f GB holds %s tokens: %s",

@@ -118,3 +118,15 @@ def test_a_pool_of_a_tenth_preempts_and_changes_nothing() -> None:
     assert stats.preemptions > 0
     assert stats.running == stats.waiting == 0
     assert stats.full_pages[2] == stats.sliding_pages[2] == 0
+
+
+def test_an_engine_with_a_seed_draws_the_same_again() -> None:
+    warm = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
+
+    def tokens(seed: int | None) -> list[tuple[int, ...]]:
+        llm = LLM(seed=seed, max_num_seqs=4, max_model_len=512)
+        return [o.outputs[0].token_ids for o in llm.chat(REQUESTS[5:8], warm, use_tqdm=False)]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+    assert tokens(None) != tokens(None)
