@@ -25,8 +25,8 @@ class EngineConfig:
     chunked, cached or recomputed; slower. Without it products of other shapes may round otherwise, and
     near-ties fall otherwise. seed: requests that bring none get seeds derived from it, in order of arrival;
     None draws them. kernels, graphs: "auto" takes the best that is proven on the device; what was not taken,
-    and why, stands in `Used.switched_off`. image_tokens: budget of a picture when a request names none; None for the
-    checkpoint's.
+    and why, stands in `Used.switched_off`. image_tokens: budget of a picture when a request names none;
+    None for the checkpoint's.
     """
 
     model: str | None = None
