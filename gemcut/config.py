@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gemcut.data import SOFT_TOKEN_BUDGETS
 from gemcut.errors import ConfigError
 
 DeviceName = str  # "auto", "cpu", "cuda", "cuda:1"
@@ -61,6 +62,9 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must lie above 0 and at most 1, got {self.gpu_memory_utilization}."
             )
+        if self.image_tokens is not None and self.image_tokens not in SOFT_TOKEN_BUDGETS:
+            budgets = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
+            raise ConfigError(f"image_tokens must be one of {budgets}, got {self.image_tokens!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
         for name in ("kv_bytes", "max_model_len"):

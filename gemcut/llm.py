@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,11 +39,12 @@ Conversation = Sequence[Message]
 
 def open_files(config: EngineConfig) -> ModelFiles:
     """The checkpoint that a config names, the demo if it names none."""
-    return ModelFiles.open(
+    files = ModelFiles.open(
         DEMO if config.model is None else config.model,
         revision=config.revision,
         allow_unknown_config=config.allow_unknown_config,
     )
+    return files if config.image_tokens is None else replace(files, image_tokens=config.image_tokens)
 
 
 def start_engine(

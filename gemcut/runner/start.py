@@ -179,7 +179,8 @@ def kv_budget(
         raise ConfigError(
             f"After the weights {free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free; activations take "
             f"{(activations + logits) / 1e9:.1f} GB, and a KV cache of {least / 1e9:.1f} GB does not fit "
-            "beside them. Lower --max-num-batched-tokens or --max-num-seqs, or raise --gpu-memory-utilization."
+            "beside them. Lower --max-num-batched-tokens or --max-num-seqs, or raise "
+            "--gpu-memory-utilization."
         )
     return budget
 
