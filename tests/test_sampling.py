@@ -17,6 +17,7 @@ import torch
 from gemcut.data import TokenLogprobs
 from gemcut.engine.model_files import ModelFiles
 from gemcut.errors import CheckpointError, InvalidRequest
+from gemcut.runner.sample import uniform
 from gemcut.sampling import MAX_LOGPROBS, GenerationDefaults, SamplingParams
 
 # ---- SamplingParams
@@ -331,7 +332,7 @@ def test_penalties_are_those_of_a_plain_implementation(runner: rig.Rig, fields: 
 
 
 def test_penalties_know_what_was_made_before_a_preemption(runner: rig.Rig) -> None:
-    params = greedy(frequency_penalty=1.5, repetition_penalty=1.3)
+    params = greedy(frequency_penalty=0.7, repetition_penalty=1.2, logit_bias={50: 6.0, 51: 5.5})
     whole = answer(runner, params, 14)
     runner.prefill(1, PROMPT, params)
     for _ in range(6):
@@ -361,6 +362,16 @@ def test_a_seed_draws_the_same_in_every_batch(runner: rig.Rig) -> None:
         slots = (3, 1) if i >= 4 else (0, 1, 3)
         runner.step([runner.row(slot, decode=True) for slot in slots])
     assert runner.tokens(1)[len(PROMPT.ids) :] == alone
+
+
+def test_each_token_is_drawn_by_the_number_of_its_place(runner: rig.Rig) -> None:
+    logits = runner.prefill(0, PROMPT, WARM, seed=5)[-1]
+    for index in range(15):
+        order = logits.sort(descending=True, stable=True).indices
+        ends = logits.double().softmax(-1)[order].cumsum(0)
+        drawn = int(torch.searchsorted(ends, uniform(5, index), right=True))
+        assert runner.tokens(0)[-1] == order[drawn]
+        logits = runner.decode(0)
 
 
 def test_a_sequence_goes_on_with_its_own_random_numbers_after_preemption(runner: rig.Rig) -> None:
