@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +92,8 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
+    from importlib import metadata
+
     for name, least in REQUIRED.items():
         try:
             version = metadata.version(name)
@@ -144,6 +145,8 @@ def _memory() -> Iterator[Finding]:
 
 
 def _gpus() -> Iterator[Finding]:
+    from importlib import metadata
+
     driver = re.search(r"Kernel Module[^\d]*([\d.]+)", _read("/proc/driver/nvidia/version"))
     try:
         import torch

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gemcut.config import EngineConfig
 from gemcut.errors import GemcutError, InvalidRequest
 
 _UNITS = {"": 1} | {
@@ -148,6 +147,8 @@ def engine_settings(
         "allow_unknown_config": allow_unknown_config,
         "max_num_seqs": 1,  # one conversation: no memory is kept for others
     }
+    from gemcut.config import EngineConfig  # brings in numpy: not for --help
+
     with usage():
         EngineConfig(**settings)
     return settings

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from gemcut.cli import options
-from gemcut.config import EngineConfig
 from gemcut.errors import ConfigError
 
 SERVER, LIMITS = "The server", "Limits"
@@ -134,6 +133,7 @@ def serve(
         allow_unknown_config=allow_unknown_config,
     )
     from gemcut.cli import answer
+    from gemcut.config import EngineConfig
     from gemcut.server import main
     from gemcut.server.engine_client import Watch
     from gemcut.server.settings import ServerConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,14 +46,14 @@ def test_a_wrong_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = doctor.metadata.version
+    version = metadata.version
 
     def without(name: str) -> str:
         if name in ("jinja2", "triton"):
-            raise doctor.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return "0.1.0" if name == "numpy" else version(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", without)
+    monkeypatch.setattr(metadata, "version", without)
     found = {finding.name: finding for finding in doctor._packages()}
     assert (found["jinja2"].status, found["triton"].status) == ("fail", "ok")
     assert (found["numpy"].status, found["numpy"].remedy) == ("fail", "pip install -U 'numpy>=2.0'")
