@@ -19,7 +19,7 @@ from gemcut.engine.loop import Job
 from gemcut.errors import GemcutError, InvalidRequest, NotFound
 from gemcut.outputs import RequestOutput
 from gemcut.sampling import SamplingParams
-from gemcut.server import chat, completions, metrics, openapi, pages, protocol
+from gemcut.server import anthropic, chat, completions, metrics, openapi, pages, protocol
 from gemcut.server.answerer import Answerer
 from gemcut.server.door import Door, Keys, check_host, cors_headers
 from gemcut.server.errors import (
@@ -65,6 +65,8 @@ class App:
         self._created = int(time.time())
         self._chat = protocol.Reader(protocol.ChatRequest)
         self._completion = protocol.Reader(protocol.CompletionRequest)
+        self._messages = protocol.Reader(anthropic.MessagesRequest)
+        self._count = protocol.Reader(anthropic.CountRequest)
         self._tokenize = protocol.Reader(protocol.TokenizeRequest)
         self._detokenize = protocol.Reader(protocol.DetokenizeRequest)
         self.routes: dict[str, Route] = {
@@ -77,6 +79,8 @@ class App:
             "/v1/models": Route("GET", self.models),
             "/v1/chat/completions": Route("POST", self.chat, needs_engine=True),
             "/v1/completions": Route("POST", self.completions, needs_engine=True),
+            "/v1/messages": Route("POST", self.messages, needs_engine=True),
+            "/v1/messages/count_tokens": Route("POST", self.count_tokens),
             "/tokenize": Route("POST", self.tokenize),
             "/detokenize": Route("POST", self.detokenize),
         }
@@ -283,6 +287,28 @@ class App:
             for output in outputs:
                 note_output(exchange, output)
             await exchange.bytes(writer.whole(outputs), b"application/json")
+
+    async def messages(self, exchange: Exchange, body: bytes) -> None:
+        """Anthropic's messages."""
+        request: anthropic.MessagesRequest = self._messages.read(body)
+        self._check_model(request.model)
+        salt = self.keys.salt(exchange.record.key, None)
+        job = await anthropic.messages_job(self.answerer, request, salt)
+        writer = anthropic.MessageWriter(self.answerer, request, job)
+        if request.stream:
+            note = self._noting(exchange, [job])
+            await send_events(exchange, writer.events(note(self.answerer.stream(job))))
+        else:
+            output = await self.answerer.whole(job)
+            note_output(exchange, output)
+            await exchange.bytes(writer.whole(output), b"application/json")
+
+    async def count_tokens(self, exchange: Exchange, body: bytes) -> None:
+        """Tokens of a message that is not sent."""
+        request: anthropic.CountRequest = self._count.read(body)
+        self._check_model(request.model)
+        prompt = await anthropic.prompt_of(self.answerer, request)
+        await exchange.json({"input_tokens": len(prompt.prompt)})
 
     def _noting(
         self, exchange: Exchange, jobs: list[Job]

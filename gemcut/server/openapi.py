@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 
 import gemcut
-from gemcut.server import protocol
+from gemcut.server import anthropic, protocol
 
 BODIES: dict[str, type] = {
     "/v1/chat/completions": protocol.ChatRequest,
     "/v1/completions": protocol.CompletionRequest,
+    "/v1/messages": anthropic.MessagesRequest,
+    "/v1/messages/count_tokens": anthropic.CountRequest,
     "/tokenize": protocol.TokenizeRequest,
     "/detokenize": protocol.DetokenizeRequest,
 }
