@@ -1,4 +1,4 @@
-"""Memory-bound kernels compile for Hopper at the sizes of 26B-A4B without spilling; no GPU is needed."""
+"""Kernels compile for Hopper at the sizes of 26B-A4B without spilling; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ WORDS = (
     "prepare_qkv 26B F T=64",
     "route_experts T=64",
     "sample R=1 V=262144 max_top_k=64",
+    "paged_attention prefill 256 D=256",
+    "paged_attention prefill 256 D=512",
+    "paged_attention decode 8",
+    "tower_attention 2520",
 )
 
 

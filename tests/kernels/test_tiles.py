@@ -43,7 +43,7 @@ def agrees(case: Case) -> None:
         (attention.ChunkConfig(16, 32, 16, 4, 1), 16),  # two pages a step, two programs share a head
         (attention.ChunkConfig(32, 64, 16, 4, 1), 16),
         (attention.ChunkConfig(64, 16, 16, 4, 1, one_loop=True), 64),  # four steps a page
-        (attention.ChunkConfig(16, 16, 16, 4, 1, one_loop=True), 16),
+        (attention.ChunkConfig(32, 16, 16, 4, 1, one_loop=True), 4),
     ],
     ids=str,
 )
@@ -72,6 +72,13 @@ def test_attention_over_pools_that_need_wide_offsets(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(attention, "WIDE_POOL", 0)
     agrees(attention_case("mixed", TINY_SLIDING, *MIXED, padding=3))
     agrees(attention_case("decode", TINY_FULL, Row(1, 70), Row(1, 3)))
+
+
+def test_attention_needs_powers_of_two() -> None:
+    for heads, page_size in ((Heads(4, 2, 24), 16), (TINY_FULL, 24)):
+        case = attention_case("step", heads, Row(2, 2), page_size=page_size)
+        with pytest.raises(ValueError, match=r"paged_attention: .* got \d+ and \d+$"):
+            case.run(inputs_of(case), TRITON)
 
 
 def test_attention_reads_lengths_on_the_device() -> None:

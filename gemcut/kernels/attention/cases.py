@@ -124,6 +124,7 @@ def case(
         bytes=2 * heads.size * (2 * count * heads.q + 2 * keys * heads.kv),
         flops=4 * heads.size * heads.q * pairs,
         full_size=full_size,
+        numerics=("reference",),
         flips=None,  # probabilities are rounded before the second product
         # interpreted, in fp32: scores of 256 and more products differ by a few ulps of their own
         tolerance=2.0 if heads.size >= 256 and not full_size else 1.0,

@@ -7,6 +7,9 @@ Rows of a tile are (token, query head) pairs of one KV head, so that grouped que
 read. Scores never leave the registers; fp32 inside, one rounding at the end.
 """
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -67,8 +70,12 @@ def paged_attention(
     block_n; tiles that a query does not see change none of its bits.
     """
     count, head, rows = q.shape[0], q.shape[2], seq_lens.shape[0]
-    if head < 16 or head & (head - 1):
-        raise ValueError(f"paged_attention: the triton kernels need a head size of 2^n >= 16, got {head}")
+    page_size = k_pages.shape[1]
+    if head < 16 or head & (head - 1) or page_size & (page_size - 1):
+        raise ValueError(
+            "paged_attention: the triton kernels need a head size of 2^n, 16 at least, and a page size of "
+            f"2^n, got {head} and {page_size}"
+        )
     out = torch.empty_like(q)
     if count == 0 or rows == 0:
         return out.zero_()
@@ -191,9 +198,9 @@ def _singles(
     if window is not None:
         blocks = min(blocks, triton.cdiv(window, config.block_n) + 1)
     splits = max(1, min(blocks, triton.cdiv(config.programs, rows * kv_heads)))
-    shape = rows, q_heads, splits
-    sums = q.new_empty((*shape, head) if splits > 1 else 0, dtype=torch.float32)
-    stats = q.new_empty((*shape, 2) if splits > 1 else 0, dtype=torch.float32)
+    shares = rows * q_heads * splits if splits > 1 else 0
+    sums = q.new_empty(shares, head, dtype=torch.float32)
+    stats = q.new_empty(shares, 2, dtype=torch.float32)
     _attend_single[(kv_heads * splits * rows,)](
         q,
         k_pages,

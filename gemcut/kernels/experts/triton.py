@@ -5,6 +5,9 @@ The first product gathers its rows and has GeGLU in its epilogue, the second sca
 is how many bytes are under way; with many it is a matrix product like any other.
 """
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,7 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.glu.triton import gelu_tanh
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.router.op import Routing
 from gemcut.kernels.tuned import tuned
@@ -39,7 +44,7 @@ def grouped_glu(
     width = gate_up.shape[1] // 2
     out = h.new_empty(routing.order.shape[0], width)
     config = find_config("glu", gate_up, routing, backend)
-    _launch(h, gate_up, out, routing, config, glu=True, fused=backend.numerics == "fused")
+    _launch(h, gate_up, out, routing, config, glu=True, rounds=backend.numerics == "reference")
     return out
 
 
@@ -49,7 +54,7 @@ def grouped_linear(
     """See op.py."""
     out = m.new_empty(m.shape[0], down.shape[1])
     config = find_config("linear", down, routing, backend)
-    _launch(m, down, out, routing, config, glu=False, fused=False)
+    _launch(m, down, out, routing, config, glu=False, rounds=False)
     return out.view(*routing.experts.shape, -1)
 
 
@@ -90,7 +95,7 @@ def _launch(
     config: Config,
     *,
     glu: bool,
-    fused: bool,
+    rounds: bool,
 ) -> None:
     pairs, top_k = routing.order.shape[0], routing.experts.shape[1]
     experts, _, inputs = weight.shape
@@ -108,7 +113,7 @@ def _launch(
         routing.offsets,
         experts,
         GLU=glu,
-        FUSED=fused,
+        ROUND=rounds,
         WIDTH=width,
         INPUTS=inputs,
         TOP_K=top_k,
@@ -144,13 +149,6 @@ def _product(x_ptr, weight_ptr, rows, outputs, INPUTS: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
-def _round(x, dtype: tl.constexpr, FUSED: tl.constexpr):
-    if not FUSED:
-        x = x.to(dtype).to(tl.float32)
-    return x
-
-
-@triton.jit
 def _tile(
     x_ptr,
     weight_ptr,
@@ -160,7 +158,7 @@ def _tile(
     stop,
     column,
     GLU: tl.constexpr,
-    FUSED: tl.constexpr,
+    ROUND: tl.constexpr,
     WIDTH: tl.constexpr,
     INPUTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -183,11 +181,9 @@ def _tile(
         outputs = n % 2 * WIDTH + tl.minimum(column + n // 2, WIDTH - 1)
         acc = _product(x_ptr, weight_ptr, pair // TOP_K, outputs, INPUTS, BLOCK_K)
         gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
-        gate = _round(gate, dtype, FUSED)
-        up = _round(up, dtype, FUSED)
-        # gelu_tanh(g) = g (1 + tanh z) / 2 = g sigmoid(2 z), which loses nothing where tanh z is near -1
-        z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        result = _round(gate / (1.0 + tl.exp(-2.0 * z)), dtype, FUSED) * up
+        gate = rounded(gate, dtype, ROUND)
+        up = rounded(up, dtype, ROUND)
+        result = rounded(gelu_tanh(gate), dtype, ROUND) * up
         columns = column + tl.arange(0, BLOCK_N // 2)
         at = out_ptr + place[:, None] * WIDTH + columns[None, :]
     else:
@@ -206,7 +202,7 @@ def _grouped(
     offsets_ptr,
     experts,
     GLU: tl.constexpr,
-    FUSED: tl.constexpr,
+    ROUND: tl.constexpr,
     WIDTH: tl.constexpr,
     INPUTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -232,45 +228,17 @@ def _grouped(
     outputs: tl.constexpr = 2 * WIDTH if GLU else WIDTH
     weight_at = weight_ptr + expert.to(tl.int64) * (outputs * INPUTS)
     if THIN and stop - first <= BLOCK_M // 2:
-        # fmt: off
         _tile(
             x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
-            GLU, FUSED, WIDTH, INPUTS, TOP_K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
-        )
+            GLU, ROUND, WIDTH, INPUTS, TOP_K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     elif NARROW and strip == STRIPS - 1:
         _tile(
-            x_ptr,
-            weight_at,
-            out_ptr,
-            order_ptr,
-            first,
-            stop,
-            column,
-            GLU,
-            FUSED,
-            WIDTH,
-            INPUTS,
-            TOP_K,
-            BLOCK_M,
-            BLOCK_N // 2,
-            BLOCK_K,
-        )
+            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            GLU, ROUND, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+        )  # fmt: skip
     else:
         _tile(
-            x_ptr,
-            weight_at,
-            out_ptr,
-            order_ptr,
-            first,
-            stop,
-            column,
-            GLU,
-            FUSED,
-            WIDTH,
-            INPUTS,
-            TOP_K,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        # fmt: on
+            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            GLU, ROUND, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip

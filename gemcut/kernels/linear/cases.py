@@ -44,6 +44,7 @@ def case(count: int, outputs: int, inputs: int, full_size: bool = False) -> Case
         bytes=2 * (count * inputs + outputs * inputs + count * outputs),
         flops=2 * count * outputs * inputs,
         full_size=full_size,
+        numerics=("reference",),
     )
 
 

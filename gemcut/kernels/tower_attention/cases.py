@@ -39,6 +39,7 @@ def case(*pictures: int, heads: int = 2, head: int = 8, full_size: bool = False)
         bytes=2 * 4 * count * heads * head,
         flops=4 * heads * head * sum(n * n for n in pictures),
         full_size=full_size,
+        numerics=("reference",),
         flips=None,  # probabilities are rounded before the second product
         capturable_reference=False,
     )

@@ -2,6 +2,9 @@
 two products instead of one twice as wide. Tiles lie at fixed places of their picture, so that what a
 picture gets does not depend on the others."""
 
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -82,7 +85,7 @@ def _part(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
-    UPRIGHT: tl.constexpr = False,
+    UPRIGHT: tl.constexpr,
 ):
     """[rows, WIDTH] of one head from dimension FIRST on, or [WIDTH, rows] UPRIGHT; zeros behind the head's
     end and in rows that are not valid (None: all are)."""
@@ -129,19 +132,19 @@ def _step(
     valid = None
     if LAST:
         valid = rows < stop
-    k = _part(k_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, UPRIGHT=True)
+    k = _part(k_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, True)
     scores = tl.dot(q, k, input_precision="ieee")
     if REST:
-        k_rest = _part(k_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, UPRIGHT=True)
+        k_rest = _part(k_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, True)
         scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
     if LAST:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     p, keep, best, total = soften(scores, best, total)
     p = p.to(q.dtype)
-    v = _part(v_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD)
+    v = _part(v_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, False)
     acc = tl.dot(p, v, acc * keep[:, None], input_precision="ieee")
     if REST:
-        v_rest = _part(v_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD)
+        v_rest = _part(v_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, False)
         acc_rest = tl.dot(p, v_rest, acc_rest * keep[:, None], input_precision="ieee")
     return acc, acc_rest, best, total
 
@@ -181,23 +184,21 @@ def _attend(
     acc_rest = tl.zeros([BLOCK_M, REST_COLUMNS], tl.float32)
     if picture < pictures:
         start = tl.load(start_ptr + picture)
-        q = _part(q_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD)
+        q = _part(q_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, False)
         q_rest = q
         if REST:
-            q_rest = _part(q_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD)
+            q_rest = _part(q_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, False)
         last = start + (stop - start) // BLOCK_N * BLOCK_N
-        # fmt: off
         for at in tl.range(start, last, BLOCK_N):
             acc, acc_rest, best, total = _step(
                 at, stop, head, k_ptr, v_ptr, q, q_rest, acc, acc_rest, best, total,
                 False, HEADS, HEAD, MAIN, REST, BLOCK_N,
-            )
+            )  # fmt: skip
         for at in tl.range(last, stop, BLOCK_N):
             acc, acc_rest, best, total = _step(
                 at, stop, head, k_ptr, v_ptr, q, q_rest, acc, acc_rest, best, total,
                 True, HEADS, HEAD, MAIN, REST, BLOCK_N,
-            )
-        # fmt: on
+            )  # fmt: skip
     share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: patches of no picture
     at = out_ptr + (rows * HEADS + head)[:, None] * HEAD
     dims = tl.arange(0, MAIN)[None, :]
