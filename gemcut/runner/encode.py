@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,10 @@ import torch
 from gemcut.data import POOL, EncodeItem, ImagePatches
 from gemcut.models.batch import Patches
 from gemcut.models.gemma4.model import Gemma4
+
+# Patches in one pass of the tower. A CPU wants its activations in its caches (16 pictures of 630 patches took
+# a quarter longer at one go than by twos); a GPU wants to be filled, and memory for activations is finite.
+PATCHES_AT_ONCE = {"cpu": 1260, "cuda": 20160}
 
 
 def cells(rows: int, columns: int) -> np.ndarray:
@@ -37,6 +41,7 @@ class SoftTokens:
 
     def __init__(self, model: Gemma4, device: torch.device) -> None:
         self.model, self.device = model, device
+        self.most_patches = PATCHES_AT_ONCE[device.type]
         self._by_key: dict[bytes, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -50,8 +55,22 @@ class SoftTokens:
         del self._by_key[key]
 
     def encode(self, items: Sequence[EncodeItem]) -> None:
-        """Run the tower once over all `items`; attention stays within each picture."""
-        soft = self.model.encode_images(pack([item.medium for item in items], self.device))
-        counts = [item.medium.soft_tokens for item in items]
-        for item, part in zip(items, soft.split(counts), strict=True):
-            self._by_key[item.key] = part
+        """Run the tower over all `items`, several at once; attention stays within each picture."""
+        for some in portions(items, self.most_patches):
+            soft = self.model.encode_images(pack([item.medium for item in some], self.device))
+            counts = [item.medium.soft_tokens for item in some]
+            for item, part in zip(some, soft.split(counts), strict=True):
+                self._by_key[item.key] = part
+
+
+def portions(items: Sequence[EncodeItem], most_patches: int) -> Iterator[list[EncodeItem]]:
+    """Runs of items that have at most so many patches together; one alone may have more."""
+    portion, patches = [], 0
+    for item in items:
+        count = len(item.medium.pixels)
+        if portion and patches + count > most_patches:
+            yield portion
+            portion, patches = [], 0
+        portion.append(item)
+        patches += count
+    yield portion
