@@ -13,6 +13,7 @@ from torch.nn import functional
 
 QUERY_TILE = 16  # positions
 KEY_TILE = 64  # positions
+QUERIES_AT_ONCE = 256  # of a prefill row: bounds the memory of its scores
 NEVER = float("-inf")
 
 
@@ -61,26 +62,34 @@ def _attend_row(
     spans: torch.Tensor | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One row: q [C, Hq, D] at positions length - C .. length - 1."""
-    count, _, head = q.shape
+    """One row: q [C, Hq, D] at positions length - C .. length - 1.
+
+    Product, softmax and product one by one, as in the reference's eager attention: fp32 logits of tiny
+    nets are then equal bit by bit, which they are not through scaled_dot_product_attention.
+    """
+    count, q_heads, head = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     first = 0 if window is None else max(0, length - count - window + 1)
     base = first // page_size * page_size
     used = pages[first // page_size : -(-length // page_size)]
-    p = torch.arange(length - count, length, device=q.device)
-    k = torch.arange(first, length, device=q.device)
-    seen = _seen(p, k, spans, window)  # [C, n]
-    # heads of one KV head side by side: [Hk, G, C, D]
-    grouped = q.float().view(count, kv_heads, -1, head).permute(1, 2, 0, 3)
     keys, values = (
         pool.index_select(0, used).flatten(0, 1)[first - base : length - base].float().transpose(0, 1)
         for pool in (k_pages, v_pages)
     )  # [Hk, n, D]
-    group = grouped.shape[1]
-    keys, values = (t[:, None].expand(-1, group, -1, -1) for t in (keys, values))
-    # scale is exactly 1.0 (spec 2.1)
-    out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=1.0)
-    return out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
+    k = torch.arange(first, length, device=q.device)
+    out = torch.empty_like(q)
+    for start in range(0, count, QUERIES_AT_ONCE):
+        some = slice(start, min(count, start + QUERIES_AT_ONCE))
+        p = torch.arange(length - count + some.start, length - count + some.stop, device=q.device)
+        seen = _seen(p, k, None if spans is None else spans[some], window)  # [C, n]
+        # queries of one KV head side by side: [Hk, C * G, D]; scale is exactly 1.0 (spec 2.1)
+        grouped = q[some].float().view(len(p), kv_heads, -1, head).transpose(0, 1).flatten(1, 2)
+        scores = grouped @ keys.transpose(1, 2)
+        hidden = ~seen.repeat_interleave(q_heads // kv_heads, dim=0)
+        attended = scores.masked_fill_(hidden, NEVER).softmax(dim=-1) @ values
+        attended = attended.view(kv_heads, len(p), -1, head).transpose(0, 1)
+        out[some] = attended.reshape(len(p), q_heads, head).to(q.dtype)
+    return out
 
 
 def _attend_decode(
