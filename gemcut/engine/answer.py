@@ -111,6 +111,11 @@ class Answer:
             finish_reason=reason,
         )
 
+    def give_up(self, error: str) -> Delta:
+        """End the answer as it is: what was held back stays unread."""
+        self.finish_reason, self._error = "error", error
+        return Delta(index=self.index, finish_reason="error")
+
     def output(self) -> CompletionOutput:
         """The answer so far, or whole."""
         return CompletionOutput(

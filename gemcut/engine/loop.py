@@ -6,6 +6,7 @@ One thread owns a loop. The plan of step n + 1 is made while step n runs, if the
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import time
 from collections import deque
@@ -26,6 +27,8 @@ from gemcut.errors import InvalidRequest
 from gemcut.outputs import Delta, FinishReason, RequestOutput, Stats, Timings, Usage
 from gemcut.prompt.grammar import Grammar, Grammars, GrammarState, Phase
 from gemcut.sampling import SamplingParams, SlotSampling
+
+log = logging.getLogger(__name__)
 
 REASONS: Mapping[End, FinishReason] = {
     "stop": "stop",
@@ -268,14 +271,20 @@ class Engine:
             logprobs = None
             if result is not None and news.slot is not None:
                 logprobs = result.logprobs.get(news.slot)
-            delta, stopped = answer.push(news.token_id, logprobs)
+            try:
+                delta, stopped = answer.push(news.token_id, logprobs)
+            except Exception:
+                error = self._give_up(news)
         if stopped and news.end is None:
             self.scheduler.finish(news.request_id)  # its end comes as news of its own
         if news.end is None:
             return [Update(request_id, delta)] if delta is not None else []
         self._states.pop(news.request_id, None)
         self._failures.pop(news.request_id, None)
-        last = answer.finish("error" if error else REASONS[news.end], error or news.error)
+        try:
+            last = answer.finish("error" if error else REASONS[news.end], error or news.error)
+        except Exception:
+            last = answer.give_up(self._give_up(news))
         if delta is not None:
             last = _join(delta, last)
         group.unfinished -= 1
@@ -284,6 +293,15 @@ class Engine:
             del self._groups[request_id]
             output = self._output(group, now)
         return [Update(request_id, last, output)]
+
+    def _give_up(self, news: Progress) -> str:
+        """What goes wrong while one answer is read ends that answer, not the engine. Returns the error."""
+        log.exception("the answer of %s could not be read", news.request_id)
+        error = "its answer could not be read"
+        if news.end is None:
+            self._failures[news.request_id] = error
+            self.scheduler.abort(news.request_id)  # its end comes as news of its own
+        return error
 
     def _follow(self, news: Progress) -> str | None:
         """Let the sequence's grammar take the token. What it refuses ends the sequence, which is no fault

@@ -96,12 +96,14 @@ class Tokenizer:
     def spellings(self) -> list[bytes | None]:
         """By id, the bytes that a token stands for; empty where the vocabulary has a hole. A control has
         its spelling. None for a token whose bytes depend on where it stands."""
-        return [
-            b"" if token is None
-            else token.encode() if i in self._control_ids
-            else token_bytes(self._decoder_spec, token)
-            for i, token in enumerate(self._tokens)
-        ]  # fmt: skip
+        return [self.spelling(i) for i in range(len(self._tokens))]
+
+    def spelling(self, token_id: int) -> bytes | None:
+        """The entry of `spellings` for one id, which must be below `vocab_size`."""
+        token = self._tokens[token_id]
+        if token is None:
+            return b""
+        return token.encode() if token_id in self._control_ids else token_bytes(self._decoder_spec, token)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of literal text. Control tokens are never found in it."""

@@ -243,9 +243,11 @@ def usage(files: ModelFiles, job: Job, *outputs: RequestOutput) -> dict[str, Any
 
 
 def token_text(files: ModelFiles, token_id: int) -> tuple[str, list[int] | None]:
-    """A token's text, and its bytes where the text has them all."""
-    text = files.tokenizer.decode((token_id,))
-    return text, None if "\ufffd" in text else list(text.encode())
+    """A token's text, and its bytes (it may be part of a character), None where they depend on its place."""
+    if token_id >= files.tokenizer.vocab_size:
+        return "", []  # the logits are wider than the vocabulary
+    octets = files.tokenizer.spelling(token_id)
+    return files.tokenizer.decode((token_id,)), None if octets is None else list(octets)
 
 
 def finite(logprob: float) -> float:

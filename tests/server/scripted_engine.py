@@ -18,9 +18,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from gemcut.data import Control, Segment, Step, StepResult, Text, TokenLogprobs
+from gemcut.engine import loop
+from gemcut.engine.answer import Answer
 from gemcut.engine.limits import Limits
 from gemcut.engine.loop import Engine
 from gemcut.engine.model_files import ModelFiles
+from gemcut.outputs import Delta
 from gemcut.prompt.tokenizer import Tokenizer
 from gemcut.sampling import SlotSampling
 from gemcut.server import engine_main, wire
@@ -49,10 +52,22 @@ SCRIPTS: dict[str, list[Segment]] = {
     ],
     "emoji": [Text("naïve 漢字 🙂"), *END],
     "failing": [Text("It breaks "), *END],  # see Runner
+    "poison": [Text("It goes "), Control("<|think|>"), Text("on"), *END],  # see PoisonedAnswer
     "long": [Text("word " * 20_000)],
     "crash": [],
     "hang": [],
 }
+
+
+class PoisonedAnswer(Answer):
+    """Stands for a bug in what reads answers: one token is too much for it."""
+
+    poison = 0
+
+    def push(self, token_id: int, logprobs: TokenLogprobs | None = None) -> tuple[Delta, bool]:
+        if token_id == self.poison:
+            raise ValueError("poison")
+        return super().push(token_id, logprobs)
 
 
 class ScriptedRunner:
@@ -114,6 +129,8 @@ def start(message: wire.Start) -> tuple[Engine, wire.Started]:
         num_full_pages=4096,
         max_waiting=message.max_waiting,
     )
+    PoisonedAnswer.poison = files.tokenizer.control_id("<|think|>")
+    loop.Answer = PoisonedAnswer  # type: ignore[misc]
     step_s = float(os.environ.get("SCRIPTED_STEP_S", "0.001"))
     runner = ScriptedRunner(files.tokenizer, files.plan.text.vocab, step_s)
     return Engine(files, limits, runner, ahead=True), wire.Started(limits.max_model_len, {"device": "none"})

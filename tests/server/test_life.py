@@ -138,6 +138,23 @@ def test_the_engine_ends_with_a_front_end_that_is_killed() -> None:
         until(lambda: not is_running(engine), 5.0)
 
 
+def test_what_fails_for_one_request_ends_that_one(scripted: Server) -> None:
+    engine = scripted.engine_pid
+    beside = scripted.open_stream("long", max_tokens=300)
+    for script, told in (
+        ("failing", "the logits are not finite"),
+        ("poison", "its answer could not be read"),
+    ):
+        reply = scripted.chat(script, n=2)
+        assert reply.status == 500
+        assert reply.error["code"] == "model_failed"
+        assert told in reply.error["message"]
+        last = scripted.chat(script, stream=True).events()[-1]
+        assert told in last["error"]["message"]
+    assert events(read_all(beside))[-1] == "[DONE]"
+    assert scripted.engine_pid == engine
+
+
 def test_a_client_that_goes_away_ends_its_request(scripted: Server) -> None:
     def running() -> float:
         (line,) = [

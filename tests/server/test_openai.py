@@ -326,6 +326,14 @@ def test_an_infinite_logprob_is_a_number(scripted: Server) -> None:
     assert [entry["logprob"] for entry in entries[:2]] == [-0.5, -9999.0]
 
 
+def test_bytes_of_tokens_add_up_to_the_text(scripted: Server) -> None:
+    """Also where a character takes several tokens."""
+    choice = scripted.chat("emoji", logprobs=True).json["choices"][0]
+    entries = choice["logprobs"]["content"][:-1]  # without the end of the turn
+    assert any("\ufffd" in entry["token"] for entry in entries)
+    assert bytes(b for entry in entries for b in entry["bytes"]).decode() == choice["message"]["content"]
+
+
 def test_models(scripted: Server) -> None:
     with client(scripted) as api:
         assert [model.id for model in api.models.list()] == ["scripted"]
