@@ -134,6 +134,15 @@ class Memory:
         if self.sliding is not None and done.sliding is not None:
             self.sliding.name(*done.sliding, name)
 
+    def distrust(self, seq: Sequence) -> None:
+        """The sequence's output is broken, and nobody knows since which position: none of its pages,
+        shared ones included, may be found again. A poisoned prefix would break all who come after."""
+        for index in range(len(seq.ids) // self.limits.page_size):
+            name = seq.chain.name(index)
+            for pool in (self.full, self.sliding):
+                if pool is not None:
+                    pool.disown(name)
+
     def encodable(self, seq: Sequence, stop: int, encoded: int) -> int:
         """Cut the chunk [planned, stop) before the first piece whose media cannot be held, or not be
         encoded in a step that encodes `encoded` soft tokens already."""

@@ -111,6 +111,16 @@ class PagePool:
             del self._free[page]
             self._cached[page] = None
 
+    def disown(self, name: bytes) -> None:
+        """What bears the name is not to be trusted: nobody finds it any more. Holders keep their page."""
+        page = self._found.get(name)
+        if page is None:
+            return
+        self._forget(page)
+        if self._holders[page] == 0:
+            del self._cached[page]
+            self._free[page] = None
+
     def _forget(self, page: int) -> None:
         name = self._names[page]
         assert name is not None, f"page {page} has no name to forget"

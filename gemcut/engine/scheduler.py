@@ -329,6 +329,7 @@ class Scheduler:
                 for span in row.spans:
                     self.memory.encoder.doom(span.key)
                 if seq.phase != "ended":  # judged by the sequence: the slot may be another's by now
+                    self.memory.distrust(seq)
                     self._end(seq, "failed")
                     self._report(seq, None, row.slot, errors[row.slot])
             elif row.samples and seq.phase != "ended":

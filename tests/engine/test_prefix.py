@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from scenes import audio, image, limits, request
 
-from gemcut.data import Prompt
+from gemcut.data import Prompt, StepResult
 from gemcut.engine.pages import PagePool
 from gemcut.engine.prefix import Chain, cached_prefix
+from gemcut.engine.scheduler import Scheduler
 from gemcut.engine.sequence import Blocks, Request, media_spans
 from gemcut.testing.fake_engine import FakeEngine
 
@@ -187,3 +188,22 @@ def test_the_cache_can_be_off_and_a_request_can_pass_it_by():
     engine.run(request("a", 20))
     engine.run(request("b", 20, reads_prefix=False))
     assert engine.cached["b"] == 0
+
+
+def test_nobody_finds_the_pages_of_a_sequence_whose_output_broke() -> None:
+    """NaN in K or V of an early chunk shows only when the row samples: by then its pages had names."""
+    scheduler = Scheduler(limits(max_num_batched_tokens=8))
+    hits = []
+    for name, breaks in (("broken", True), ("after", False), ("third", False)):
+        scheduler.submit(request(name, 24), 0.0)
+        while scheduler.num_unfinished:
+            step = scheduler.plan(0.0)
+            assert step is not None
+            sampling = [row.slot for row in step.rows if row.samples]
+            errors = dict.fromkeys(sampling, "not a number") if breaks else {}
+            scheduler.settle(StepResult(step.number, dict.fromkeys(set(sampling) - set(errors), 9), errors))
+        ends = [news for news in scheduler.drain() if news.end]
+        assert [news.end for news in ends] == ["failed" if breaks else "length"]
+        hits.append(ends[0].cached_tokens)
+    assert hits == [0, 0, 20]
+    scheduler.memory.audit([])
