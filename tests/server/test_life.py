@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
-from server_rig import Server, read_all, until
+from server_rig import DATA_URI, ROOT, Server, read_all, until
 
 from gemcut.server.errors import TABLE
 
@@ -170,6 +175,61 @@ def test_a_client_that_goes_away_ends_its_request(scripted: Server) -> None:
         stream.close()
     took = until(lambda: running() == 0, 5.0)
     assert took < 2.0
+
+
+def test_a_storm_of_clients_that_go_away_leaves_nothing(scripted: Server) -> None:
+    """Figure 3, small: 400 aborts at random phases; pages, slots and descriptors are back within 2 s."""
+
+    def held() -> list[float]:
+        lines = scripted.get("/metrics").body.decode().splitlines()
+        names = ("num_requests_running{", "num_requests_waiting{", "kv_cache_usage_perc{")
+        return [
+            float(line.split()[-1]) for line in lines if line.startswith(tuple(f"gemcut:{n}" for n in names))
+        ]
+
+    def descriptors() -> list[int]:
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (scripted.process.pid, scripted.engine_pid)]
+
+    picture = {"type": "image_url", "image_url": {"url": DATA_URI}}
+    content = [picture, picture, {"type": "text", "text": "script:long"}]  # two: both media workers have one
+    with_picture = [{"role": "user", "content": content}]
+    for _ in range(3):  # the media workers are there
+        body = {"messages": with_picture, "max_tokens": 1}
+        assert scripted.post("/v1/chat/completions", body).status == 200
+    until(lambda: held() == [0, 0, 0], 5.0)
+    before = descriptors()
+    rng = random.Random(0)
+    for _ in range(400):
+        more = {"messages": with_picture} if rng.random() < 0.2 else {}
+        stream = scripted.open_stream(rng.choice(["long", "hello", "call"]), **more)
+        time.sleep(rng.choice([0, 0, 0.001, 0.005, 0.01]))
+        stream.close()
+    until(lambda: held() == [0, 0, 0], 2.0)
+    until(lambda: all(now <= then for now, then in zip(descriptors(), before, strict=True)), 2.0)
+    assert scripted.chat("hello").status == 200
+
+
+def test_the_command_says_why_it_cannot_start(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("# none yet\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for flags, code, said in (
+            (["--port", str(taken.getsockname()[1])], 1, "Cannot listen on 127.0.0.1 port"),
+            (["--api-key", "short"], 2, "8 or more"),
+            (["--api-key-file", str(tmp_path / "none")], 2, "cannot be read"),
+            (["--api-key-file", str(tmp_path / "empty")], 2, "holds no key"),
+            (["--max-num-seqs", "0"], 2, "--max-num-seqs"),
+            ([str(tmp_path)], 1, "config.json"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "gemcut.cli", "serve", *flags],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert (done.returncode, said in done.stderr) == (code, True), (flags, done)
+            assert "Traceback" not in done.stderr
 
 
 def test_an_answer_that_takes_too_long_is_an_error() -> None:
