@@ -103,20 +103,29 @@ def test_many_at_once_from_asyncio(demo: Server) -> None:
     assert asyncio.run(all_of_them()) == ["GEMCUT"] * 12
 
 
-def test_a_picture_takes_as_many_tokens_as_asked(demo: Server) -> None:
-    def image_tokens(detail: str | None, **extra: Any) -> int:
-        url = {"url": DATA_URI} | ({} if detail is None else {"detail": detail})
-        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What color is it?"}]
-        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **extra}
-        reply = demo.post("/v1/chat/completions", body)
+def test_a_picture_takes_as_many_tokens_as_asked(scripted: Server) -> None:
+    def prompt_tokens(*pictures: dict[str, Any], **extra: Any) -> int:
+        content = [{"type": "image_url", "image_url": url} for url in pictures]
+        body = {"messages": [{"role": "user", "content": [*content, {"type": "text", "text": "x"}]}], **extra}
+        reply = scripted.post("/tokenize", body)
         assert reply.status == 200, reply.body
-        return reply.json["usage"]["prompt_tokens_details"]["image_tokens"]
+        return reply.json["count"]
 
-    default = image_tokens(None)
-    assert image_tokens("low") == 60 == image_tokens(None, mm_processor_kwargs={"max_soft_tokens": 70})
-    assert image_tokens(None, mm_processor_kwargs={"max_soft_tokens": 280}) > 200
-    assert image_tokens("high") > 200
-    assert image_tokens("auto") == default
+    url, without = {"url": DATA_URI}, prompt_tokens()
+
+    def image_tokens(*pictures: dict[str, Any], **extra: Any) -> int:
+        return prompt_tokens(*pictures, **extra) - without - 2 * len(pictures)  # each has its brackets
+
+    def budget(tokens: int) -> dict[str, Any]:
+        return {"mm_processor_kwargs": {"max_soft_tokens": tokens}}
+
+    small, large = image_tokens(url, **budget(70)), image_tokens(url, **budget(1120))
+    assert small == 60 == image_tokens({**url, "detail": "low"})
+    assert large > 1000
+    assert image_tokens({**url, "detail": "high"}) == large
+    assert image_tokens({**url, "detail": "auto"}) == image_tokens(url)
+    # a picture's own detail goes before the request's budget
+    assert image_tokens({**url, "detail": "low"}, url, **budget(1120)) == small + large
 
 
 def test_log_probabilities(demo: Server) -> None:
