@@ -102,15 +102,6 @@ def tenants_left_out_of_page_names(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Chain, "__init__", lambda self, size, salt, ids, spans: make(self, size, b"", ids, spans))
 
 
-def touching_pictures_named_one_by_one(patch: pytest.MonkeyPatch) -> None:
-    name = prefix._identity
-
-    def identity(group: list[MediaSpan], origin: int) -> bytes:
-        return name([span for span in group if span.start <= origin + 1] or group[:1], origin)
-
-    patch.setattr(prefix, "_identity", identity)
-
-
 def window_not_looked_up(patch: pytest.MonkeyPatch) -> None:
     find = gemcut.engine.memory.cached_prefix
     patch.setattr(
@@ -152,6 +143,7 @@ def failed_rows_named(patch: pytest.MonkeyPatch) -> None:
         settle(self, result)
 
     patch.setattr(Scheduler, "settle", careless)
+    patch.setattr(Memory, "distrust", lambda self, seq: None)
 
 
 def media_freed_in_the_step_that_needs_them(patch: pytest.MonkeyPatch) -> None:
@@ -208,7 +200,6 @@ FAULTS = [
     window_left_one_page_early,
     pictures_left_out_of_page_names,
     tenants_left_out_of_page_names,
-    touching_pictures_named_one_by_one,
     window_not_looked_up,
     prefixes_that_end_in_pictures,
     chunks_that_cut_pictures,
