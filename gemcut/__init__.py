@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     )
     from gemcut.llm import LLM, AsyncLLM
     from gemcut.outputs import CompletionOutput, RequestOutput
-    from gemcut.sampling import SamplingParams
+    from gemcut.sampling import SamplingParams, StructuredOutputs
 
 # Looked up on first use: `import gemcut` costs nothing, torch comes with LLM.
 _HOMES = {
     **dict.fromkeys(("LLM", "AsyncLLM"), "gemcut.llm"),
     **dict.fromkeys(("CompletionOutput", "RequestOutput"), "gemcut.outputs"),
-    "SamplingParams": "gemcut.sampling",
+    **dict.fromkeys(("SamplingParams", "StructuredOutputs"), "gemcut.sampling"),
     **dict.fromkeys(
         ("CheckpointError", "ConfigError", "GemcutError", "InvalidRequest", "NotFound", "Overloaded"),
         "gemcut.errors",
@@ -46,6 +46,7 @@ __all__ = [
     "Overloaded",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
 ]
 
 

@@ -8,7 +8,7 @@ import sys
 import gemcut
 
 PUBLIC = {
-    *("LLM", "AsyncLLM", "SamplingParams", "RequestOutput", "CompletionOutput"),
+    *("LLM", "AsyncLLM", "SamplingParams", "StructuredOutputs", "RequestOutput", "CompletionOutput"),
     *("GemcutError", "InvalidRequest", "NotFound", "Overloaded", "ConfigError", "CheckpointError"),
 }
 
