@@ -189,10 +189,11 @@ def _attend_tiled(
     for step in range(walks):
         k = (first_tile + step) * KEY_TILE + torch.arange(KEY_TILE, device=device)  # [E, KEY_TILE]
         unread = (k < lowest) | (k >= length)
-        page = table.gather(1, (k // page_size).clamp(max=table.shape[1] - 1))
-        page = page.clamp(0, k_pages.shape[0] - 1)  # entries that are not read may hold anything
+        read = torch.where(unread, length - 1, k)  # in place of what may be anything, the row's newest key
+        page = table.gather(1, read // page_size)
+        slots = (page * page_size + read % page_size).flatten()
         keys, values = (
-            pages[page, k % page_size].float().masked_fill(unread[:, :, None, None], 0.0)
+            pages.flatten(0, 1).index_select(0, slots).view(-1, KEY_TILE, kv_heads, head).float()
             for pages in (k_pages, v_pages)
         )  # [E, KEY_TILE, Hk, D]
         seen = _seen(p, k[:, None], bounds, window) & ~absent[:, :, None] & ~unread[:, None]
