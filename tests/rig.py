@@ -17,7 +17,6 @@ import tiny
 import torch
 import transformers
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionAttention
 
 from gemcut.config import EngineConfig
 from gemcut.data import (
@@ -134,15 +133,8 @@ def fp32_attention(
     groups = query.shape[1] // key.shape[1]
     keys, values = (t.float().repeat_interleave(groups, dim=1) for t in (key, value))
     mask = None if attention_mask is None else attention_mask.float()
-    # In the order in which gemcut's references sum, which flips last bits: prefill goes through SDPA, the
-    # tower through explicit products.
-    if isinstance(module, Gemma4VisionAttention):
-        scores = query.float() @ keys.transpose(2, 3)
-        out = (scores if mask is None else scores + mask).softmax(dim=-1) @ values
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query.float(), keys, values, attn_mask=mask, scale=1.0
-        )
+    scores = query.float() @ keys.transpose(2, 3)
+    out = (scores if mask is None else scores + mask).softmax(dim=-1) @ values
     return out.transpose(1, 2).to(query.dtype), None
 
 

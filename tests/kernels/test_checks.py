@@ -99,6 +99,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "pool_patches": lambda: {
         "x": f(9, H),
         "cells": torch.arange(9)[None],
+        "starts": torch.tensor([0, 9], dtype=torch.int32),
         "std_bias": f(H),
         "std_scale": f(H),
         "eps": EPS,
@@ -160,6 +161,7 @@ FREE = {
     ("logits", "h", 0),
     ("pool_patches", "x", 0),
     ("pool_patches", "cells", 0),
+    ("pool_patches", "starts", 0),
     ("prepare_qkv", "rope", 2),
     ("rope_table", "positions", 0),
     ("route_experts", "r", 0),  # padding rows

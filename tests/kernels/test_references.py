@@ -523,7 +523,8 @@ def test_pool_patches(dtype: torch.dtype, standardised: bool) -> None:
     grid = torch.arange(36).view(2, 3, 2, 3)  # 6 x 6 patches, 2 x 2 soft tokens
     cells = grid.permute(0, 2, 1, 3).reshape(4, 9)
     bias, scale = (f(H, dtype=dtype), f(H, dtype=dtype, seed=1)) if standardised else (None, None)
-    got = kernels.pool_patches(x, cells, bias, scale, eps=EPS, backend=TORCH)
+    starts = torch.tensor([0, 36], dtype=torch.int32)
+    got = kernels.pool_patches(x, cells, starts, bias, scale, eps=EPS, backend=TORCH)
     pooled = stage(torch.stack([x.double()[cell].mean(0) for cell in cells]), dtype) * math.sqrt(H)
     if bias is not None and scale is not None:
         pooled = (pooled - bias.double()) * scale.double()

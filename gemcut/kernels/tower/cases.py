@@ -113,6 +113,7 @@ def _pool_inputs(count: int, tokens: int, hidden: int, standardize: bool, ids: t
             "cells": torch.randperm(count, generator=generator, device=device)[: 9 * tokens]
             .view(tokens, 9)
             .to(ids),
+            "starts": torch.tensor([0, count], dtype=torch.int32, device=device),
             "std_bias": draw(hidden, scale=3.0) if standardize else None,
             "std_scale": draw(hidden, scale=0.2, shift=1.0) if standardize else None,
             "eps": EPS,

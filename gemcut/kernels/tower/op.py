@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from gemcut.data import pixel_values
@@ -89,6 +91,7 @@ def prepare_tower_qkv(
 def pool_patches(
     x: torch.Tensor,
     cells: torch.Tensor,
+    starts: torch.Tensor,
     std_bias: torch.Tensor | None,
     std_scale: torch.Tensor | None,
     *,
@@ -97,12 +100,14 @@ def pool_patches(
 ) -> torch.Tensor:
     """Mean of each cell's nine patches, times sqrt(H), standardised, then the projector's unscaled norm.
 
-    x: [N, H]. cells: [S, 9] int, the patches of each soft token. std_bias, std_scale: [H], both or
+    x: [N, H]. cells: [S, 9] int, the patches of each soft token. starts: [B + 1] int32, picture b owns
+    patches [starts[b], starts[b + 1]) and their ninth of the cells. std_bias, std_scale: [H], both or
     none. Rounded after the mean, after the standardisation and after the norm (spec 4.3).
     Returns [S, H].
     """
     check_activation("pool_patches", "x", x, 2)
     check("pool_patches", "cells", cells, (None, 9), INTS, x.device)
+    check("pool_patches", "starts", starts, (None,), torch.int32, x.device)
     if (std_bias is None) != (std_scale is None):
         raise ValueError("pool_patches: std_bias and std_scale come both or not at all")
     if std_bias is not None and std_scale is not None:
@@ -112,7 +117,20 @@ def pool_patches(
         from gemcut.kernels.tower import triton as implementation
 
         return implementation.pool_patches(x, cells, std_bias, std_scale, eps=eps, backend=backend)
-    pooled = (x[cells].float() / 9).sum(dim=1).to(x.dtype).float() * x.shape[1] ** 0.5
+    bounds = starts.tolist()
+    pictures = [
+        _mean(x[start:stop], cells[start // 9 : stop // 9] - start) for start, stop in pairwise(bounds)
+    ]
+    pooled = torch.cat(pictures).to(x.dtype).float() * x.shape[1] ** 0.5
     if std_bias is not None and std_scale is not None:
         pooled = (pooled - std_bias.float()) * std_scale.float()
     return rms_norm(pooled.to(x.dtype), None, eps)
+
+
+def _mean(x: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """fp32 [s, H]: the mean of each cell of one picture, x [n, H].
+
+    As one product with a sparse matrix of ninths, which is how the reference sums: equal bit by bit.
+    """
+    ninths = x.new_zeros(cells.shape[0], x.shape[0], dtype=torch.float32)
+    return ninths.scatter_(1, cells.long(), 1 / 9) @ x.float()

@@ -151,4 +151,6 @@ class VisionTower(nn.Module):
             # nothing norms the stream after the last layer: its second output is not read
             following = layers[min(i + 1, len(layers) - 1)].input_layernorm.weight
             x, h = layer(x, h, following, ropes, patches.starts)
-        return pool_patches(x, patches.cells, self.std_bias, self.std_scale, eps=plan.eps, backend=backend)
+        return pool_patches(
+            x, patches.cells, patches.starts, self.std_bias, self.std_scale, eps=plan.eps, backend=backend
+        )
