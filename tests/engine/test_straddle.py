@@ -62,9 +62,7 @@ def talk(*parts: str | Image.Image) -> list[dict]:
 
 
 def run(llm: LLM, *conversations: list[dict], params: SamplingParams = READ_ALL) -> list[RequestOutput]:
-    return llm.chat(
-        list(conversations), params, mm_processor_kwargs={"max_soft_tokens": 70}, use_tqdm=False
-    )
+    return llm.chat(list(conversations), params, mm_processor_kwargs={"max_soft_tokens": 70}, use_tqdm=False)
 
 
 def bits(output: RequestOutput) -> tuple:

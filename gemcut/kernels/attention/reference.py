@@ -13,6 +13,7 @@ from torch.nn import functional
 
 QUERY_TILE = 16  # positions
 KEY_TILE = 64  # positions
+KEYS_AT_ONCE = 4096  # of decode rows: what is gathered should still be in a CPU's cache when it is read
 QUERIES_AT_ONCE = 256  # of a prefill row: bounds the memory of its scores
 NEVER = float("-inf")
 
@@ -116,20 +117,24 @@ def _attend_decode(
     slots = (pages[:, :, None] * page_size + in_page).flatten(1)
     # A key that is not seen may be anything, NaN included: the row's newest one is read in its place.
     own = slots.gather(1, (length - 1 - first_page * page_size).long())
-    slots = torch.where(seen, slots, own).flatten()
-    keys, values = (
-        pool.flatten(0, 1).index_select(0, slots).view(rows, -1, kv_heads, head).transpose(1, 2).float()
-        for pool in (k_pages, v_pages)
-    )  # [R, Hk, n, D]
-    # the heads of one KV head are the queries of one product
-    out = functional.scaled_dot_product_attention(
-        q.float().view(rows, kv_heads, -1, head),
-        keys,
-        values,
-        attn_mask=seen[:, None, None],
-        scale=1.0,
-    )
-    return out.reshape(q.shape).to(q.dtype)
+    slots = torch.where(seen, slots, own)
+    grouped = q.float().view(rows, kv_heads, -1, head)  # heads of one KV head are queries of one product
+    out = torch.empty_like(grouped)
+    portion = max(1, KEYS_AT_ONCE // slots.shape[1])
+    for begin in range(0, rows, portion):
+        at = slice(begin, begin + portion)
+        keys, values = (
+            pool.flatten(0, 1).index_select(0, slots[at].flatten()).float().unflatten(0, (-1, slots.shape[1]))
+            for pool in (k_pages, v_pages)
+        )  # [R, n, Hk, D]
+        out[at] = functional.scaled_dot_product_attention(
+            grouped[at],
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=seen[at, None, None],
+            scale=1.0,
+        )
+    return out.view(q.shape).to(q.dtype)
 
 
 def _attend_tiled(

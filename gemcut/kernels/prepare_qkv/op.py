@@ -52,13 +52,14 @@ def prepare_qkv(
         return implementation.prepare_qkv(
             qkv, q_norm, k_norm, rope, slots, k_pages, v_pages, q_heads=q_heads, eps=eps, backend=backend
         )
-    # every head is divided by its own root mean square, then q and k get their weights; one rounding
+    # every head is divided by its own root mean square, q and k get their weights; then one rounding
     normed = rms_norm(qkv.float().view(count, -1, head), None, eps)
-    k = normed[:, q_heads : q_heads + kv_heads]
-    v = normed[:, -kv_heads:]  # with k_eq_v the raw K product once more
-    k = rotate((k * k_norm.float()).to(qkv.dtype), rope)
+    v = normed[:, -kv_heads:].to(qkv.dtype)  # with k_eq_v the raw K product once more
+    weights = torch.cat([q_norm.expand(q_heads, -1), k_norm.expand(kv_heads, -1)])
+    turned = rotate((normed[:, : q_heads + kv_heads] * weights.float()).to(qkv.dtype), rope)
+    q, k = turned.split([q_heads, kv_heads], dim=1)
     kept = (slots >= 0).nonzero().flatten()
     where = slots[kept]
-    for pages, rows in ((k_pages, k), (v_pages, v.to(qkv.dtype))):
+    for pages, rows in ((k_pages, k), (v_pages, v)):
         pages.view(-1, kv_heads, head).index_copy_(0, where, rows.index_select(0, kept))
-    return rotate((normed[:, :q_heads] * q_norm.float()).to(qkv.dtype), rope)
+    return q.contiguous()
