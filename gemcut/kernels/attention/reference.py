@@ -8,6 +8,8 @@ shape, and tiles are reduced in ascending order.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.nn import functional
 
@@ -33,19 +35,16 @@ def attend(
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     if deterministic:
         return _attend_tiled(q, k_pages, v_pages, page_table, starts, lengths, spans, window)
+    counts = [stop - start for start, stop in pairwise(starts)]
+    single = [row for row, count in enumerate(counts) if count == 1]  # decode rows
+    if len(single) == len(q) == len(counts):  # nothing else: as they are
+        return _attend_decode(q, k_pages, v_pages, page_table, lengths, window)
     out = torch.zeros_like(q)
-    single = []  # decode rows
-    for row, length in enumerate(lengths):
-        start, stop = starts[row], starts[row + 1]
-        if start == stop:
-            continue
-        if stop - start == 1:
-            single.append(row)
-        else:
-            block = None if spans is None else spans[start:stop]
-            out[start:stop] = _attend_row(
-                q[start:stop], k_pages, v_pages, page_table[row], length, block, window
-            )
+    for row, count in enumerate(counts):
+        if count > 1:
+            some = slice(starts[row], starts[row + 1])
+            block = None if spans is None else spans[some]
+            out[some] = _attend_row(q[some], k_pages, v_pages, page_table[row], lengths[row], block, window)
     if single:
         at = [starts[row] for row in single]
         out[at] = _attend_decode(
