@@ -74,8 +74,10 @@ def add_norm_moe(
             x, a, post_weight, next_weight, router_scale, expert_weight, eps=eps, backend=backend
         )
     x1 = x + rms_norm(a, post_weight, eps)
-    r = rms_norm(x1, None, eps) * router_scale * x.shape[-1] ** -0.5
-    return x1, rms_norm(x1, next_weight, eps), r, rms_norm(x1, expert_weight, eps)
+    normed = rms_norm(x1.float(), None, eps)  # one for three; each is rounded once
+    r = normed.to(x.dtype) * router_scale * x.shape[-1] ** -0.5
+    h, e = ((normed * weight.float()).to(x.dtype) for weight in (next_weight, expert_weight))
+    return x1, h, r, e
 
 
 def _check(operation: str, x: torch.Tensor, a: torch.Tensor, **weights: torch.Tensor) -> None:
