@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -204,6 +205,7 @@ class AsyncLLM:
         self._listeners: dict[str, Callable[[Update | BaseException], None]] = {}
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._serve, name="gemcut-engine", daemon=True)
         self._thread.start()
 
@@ -219,6 +221,10 @@ class AsyncLLM:
         self._service.stop()
         self._thread.join()
         self._engine.close()
+
+    def stats(self) -> Stats:
+        """The engine's counters, as of its last step."""
+        return self._service.stats
 
     async def stream(
         self,
@@ -255,14 +261,16 @@ class AsyncLLM:
         here = asyncio.get_running_loop()
 
         def tell(update: Update | BaseException) -> None:
-            here.call_soon_threadsafe(news.put_nowait, update)
+            with suppress(RuntimeError):  # the caller's event loop has ended: nobody listens
+                here.call_soon_threadsafe(news.put_nowait, update)
 
-        self._check_alive()
         if job.request_id in self._listeners:
             raise InvalidRequest(f"The request id {job.request_id!r} is in use.", "request_id")
         self._listeners[job.request_id] = tell
-        self._service.submit(job, tell)
         try:
+            # after we listen: an engine that ends from here on tells us
+            self._check_alive()
+            self._service.submit(job, tell)
             while True:
                 update = await news.get()
                 if isinstance(update, BaseException):
@@ -288,7 +296,7 @@ class AsyncLLM:
         raise AssertionError("a stream ended without its output")
 
     def _check_alive(self) -> None:
-        if not self._thread.is_alive():
+        if self._ended:
             raise GemcutError("The engine has ended.") from self._failure
 
     def _publish(self, updates: Sequence[Update]) -> None:
@@ -300,9 +308,10 @@ class AsyncLLM:
     def _serve(self) -> None:
         try:
             self._service.run()
+            self._ended = True
             self._abort_all()
         except BaseException as failure:
-            self._failure = failure
+            self._failure, self._ended = failure, True
             for tell in list(self._listeners.values()):
                 tell(GemcutError(f"The engine failed: {type(failure).__name__}: {failure}"))
             raise

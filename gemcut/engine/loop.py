@@ -109,6 +109,7 @@ class Engine:
         self._states: dict[str, GrammarState] = {}  # of the sequences that a grammar rules
         self._seated: dict[int, str] = {}  # slot -> sequence seated there by the steps launched so far
         self._failures: dict[str, str] = {}  # sequences that a grammar ended, until their end is news
+        self._kept: list[Progress] = []  # news that came up between steps and are not read yet
 
     def close(self) -> None:
         """End what the engine started beside itself. It takes no grammars after that."""
@@ -175,7 +176,8 @@ class Engine:
             for sequence_id in submitted:
                 self.scheduler.abort(sequence_id)
                 self._states.pop(sequence_id, None)
-            self._discard_news(set(submitted))
+            # news of others may be waiting beside theirs
+            self._kept += [n for n in self.scheduler.drain() if n.request_id not in submitted]
             raise
         group.unfinished = params.n
         self._groups[job.request_id] = group
@@ -250,7 +252,8 @@ class Engine:
     def _read_news(self, result: StepResult | None) -> list[Update]:
         now = time.monotonic()
         updates = []
-        for news in self.scheduler.drain():
+        waiting, self._kept = [*self._kept, *self.scheduler.drain()], []
+        for news in waiting:
             request_id, _, index = news.request_id.rpartition("/")
             group = self._groups.get(request_id)
             if group is not None:
@@ -350,10 +353,6 @@ class Engine:
                 if group is not None and index == "0":
                     for i, entry in enumerate(result.prompt_logprobs[row.slot]):
                         group.prompt_logprobs[row.start + 1 + i] = entry
-
-    def _discard_news(self, sequence_ids: set[str]) -> None:
-        kept = [news for news in self.scheduler.drain() if news.request_id not in sequence_ids]
-        assert not kept, "news of other requests were pending while a request was added"
 
 
 def _phase(prompt: ChatPrompt) -> Phase:
