@@ -1,6 +1,10 @@
-"""`gemcut chat`: turns and mistakes through a pipe; the prefix cache and Ctrl-C on a terminal."""
+"""`gemcut chat`: turns and mistakes through a pipe; the prefix cache and Ctrl-D on a terminal; an interrupt."""
 
 from __future__ import annotations
+
+import signal
+import subprocess
+import sys
 
 from cli_rig import QUESTION, SAID, SIGN, call, on_terminal, refused
 
@@ -74,8 +78,19 @@ def test_on_a_terminal() -> None:
     assert "Traceback" not in shown
 
 
-def test_ctrl_d_ends_and_ctrl_c_leaves() -> None:
+def test_ctrl_d_ends() -> None:
     assert on_terminal(["chat"], [("> ", "\x04")])[0] == 0
-    code, shown = on_terminal(["chat"], [("> ", "\x03")])
-    assert code == 130
-    assert "Traceback" not in shown
+
+
+def test_an_interrupt_leaves_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "gemcut.cli", "chat", "--device", "cpu"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("What is 2 + 3?\n")
+        assert chat.stdout.readline()  # it is past loading, and waits for the next line
+        chat.send_signal(signal.SIGINT)
+        _, errors = chat.communicate(timeout=60)
+    assert chat.returncode == 130
+    assert "Traceback" not in errors
