@@ -39,7 +39,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer. token_ids: as sampled, the one that ended it included. error: why, if that is the finish."""
+    """One answer. token_ids: as sampled, the one that ended it included. error: why, if it failed."""
 
     index: int
     text: str

@@ -1,4 +1,4 @@
-"""`gemcut chat`: turns and mistakes through a pipe; the prefix cache and Ctrl-D on a terminal; an interrupt."""
+"""`gemcut chat`: turns and mistakes through a pipe; prefix cache and Ctrl-D on a terminal; an interrupt."""
 
 from __future__ import annotations
 
