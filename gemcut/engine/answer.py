@@ -99,6 +99,8 @@ class Answer:
                 events += self._parser.finish()
         delta, stopped = self._delta(events, (), ())
         text = delta.text if self.finish_reason or stopped else delta.text + self._flush_stops()
+        if self.finish_reason == "stop" and reason == "length":
+            reason = "stop"  # the last token that may come completed a stop string
         if self._calls and reason == "stop":
             reason = "tool_calls"
         self.finish_reason, self._error = reason, error
