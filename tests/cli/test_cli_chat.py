@@ -85,7 +85,19 @@ def test_ctrl_d_ends() -> None:
 def test_an_interrupt_leaves_without_a_traceback() -> None:
     command = [sys.executable, "-m", "gemcut.cli", "chat", "--device", "cpu"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1) as chat:
+
+    def as_from_a_terminal() -> None:  # a shell's background jobs inherit that interrupts are ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        bufsize=1,
+        preexec_fn=as_from_a_terminal,
+    ) as chat:
         assert chat.stdin is not None
         assert chat.stdout is not None
         chat.stdin.write("What is 2 + 3?\n")
