@@ -106,14 +106,14 @@ def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str
         switched_off=switched_off,
     )
     log.info(
-        "%.2f GB of weights on %s as %s in %.1f s; KV cache of %.2f GB holds %s tokens: %s",
+        "%.2f GB of weights on %s as %s in %.1f s; KV cache of %.2f GB holds %s tokens; %s",
         loaded.bytes / 1e9,
         used.device,
         dtype_name,
         seconds,
         sizes.bytes(plan.text, value_bytes) / 1e9,
         f"{used.kv_tokens:,}",
-        what_fits(plan.text, sizes, value_bytes, max_model_len),
+        what_fits(plan.text, sizes, config.max_num_seqs, max_model_len),
     )
     return Started(runner, sizes, max_model_len, loaded, used)
 
@@ -185,19 +185,21 @@ def kv_budget(
     return budget
 
 
-def what_fits(text: TextPlan, sizes: PoolSizes, value_bytes: int, max_model_len: int) -> str:
-    """How many sequences of which length the pools hold at once."""
+def what_fits(text: TextPlan, sizes: PoolSizes, max_num_seqs: int, max_model_len: int) -> str:
+    """How many sequences of which length, prompt and answer, run at once for certain."""
     parts = []
     for length in sorted({min(1024, max_model_len), min(8192, max_model_len), max_model_len}):
-        pages = -(-length // sizes.page_size)
-        fits = []
+        full = -(-(length - 1) // sizes.page_size)  # the last token is never read back
+        # a window that is not aligned with pages touches one more
+        sliding = min(full, -(-(text.window or length) // sizes.page_size) + 1)
+        fits = [max_num_seqs]
+        # who is admitted leaves a page for each that runs
         if text.owners("full"):
-            fits.append(sizes.full_pages // pages)
+            fits.append((sizes.full_pages + 1) // (full + 1))
         if text.owners("sliding"):
-            window = -(-min(length, text.window or length) // sizes.page_size) + 1
-            fits.append(sizes.sliding_pages // min(pages, window))
-        parts.append(f"{min(fits)} sequences of {length:,}")
-    return ", ".join(parts)
+            fits.append((sizes.sliding_pages + 1) // (sliding + 1))
+        parts.append(f"{max(1, min(fits))} of {length:,} tokens")
+    return "sequences at once: " + ", ".join(parts)
 
 
 def describe(device: torch.device) -> str:
