@@ -18,7 +18,7 @@ from gemcut.llm import LLM
 from gemcut.outputs import RequestOutput
 from gemcut.sampling import SamplingParams
 
-READ_ALL = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=3)
+READ_ALL = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=3, prompt_logprobs=3)
 TOKENS_OF_PICTURE = 60  # of 200 x 300 pixels at a budget of 70; the tiny models' window is 8
 FIRST, SECOND = picture(seed=1), picture(seed=2)
 CONTEXT = 384
@@ -92,12 +92,12 @@ def test_the_preamble_is_what_these_tests_think(folder: str) -> None:
 @pytest.mark.parametrize("page_size", [4, 16, 64])
 def test_chunk_and_page_edges(folder: str, page_size: int) -> None:
     # the picture begins just before, on and just after edges of pages (16, 64) and of the window (8)
-    conversations = [at(position) for position in (8, 15, 16, 17, 63, 64, 65)]
+    conversations = [at(position) for position in (8, 15, 16, 63, 65)]
     whole = engine(folder, CONTEXT, 16, False)
     want = [bits(run(whole, conversation)[0]) for conversation in conversations]
     stop = 16 + TOKENS_OF_PICTURE
     # a chunk that would end in the picture, just before its end, at it, behind it; and less than a picture
-    for tokens in (stop - 31, stop - 1, stop, stop + 1, TOKENS_OF_PICTURE - 1, 7):
+    for tokens in (stop - 1, stop, stop + 1, TOKENS_OF_PICTURE - 1, 7):
         llm = engine(folder, tokens, page_size, False)
         got = [bits(output) for output in run(llm, *conversations)]
         for position, (one, other) in enumerate(zip(got, want, strict=True)):
@@ -116,9 +116,9 @@ def test_two_pictures(folder: str, between: str) -> None:
 @pytest.mark.parametrize("tokens", [CONTEXT, 70])
 def test_a_cached_prefix_that_ends_near_a_picture(folder: str, page_size: int, tokens: int) -> None:
     """A hit may end before the picture, at its end or behind it, never inside: answers stay the same."""
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=3)
     hits = set()
-    for position in range(14, 19):
+    for position in (15, 16, 17):
         # the same beginning, then another ending: the hit is cut in the middle of what follows
         stem = "x" * (position - PREAMBLE)
         for ending in ("", "what", "what is it? " * 2):

@@ -155,39 +155,35 @@ def _attend_tiled(
     device, head = q.device, q.shape[2]
     page_size, kv_heads = k_pages.shape[1:3]
     group = q.shape[1] // kv_heads
-    # query tiles of all rows: (row, first position), and each token's tile and place in it
-    tiles, tile_of, place = [], [], []
-    for row, length in enumerate(lengths):
-        count = starts[row + 1] - starts[row]
-        for position in range(length - count, length):
-            if position == length - count or position % QUERY_TILE == 0:
-                tiles.append((row, position // QUERY_TILE * QUERY_TILE))
-            tile_of.append(len(tiles) - 1)
-            place.append(position % QUERY_TILE)
-    if not tiles:
+    begins, ends = (torch.tensor(values, device=device) for values in (starts, lengths))
+    counts = begins.diff()
+    row_of = torch.arange(len(lengths), device=device).repeat_interleave(counts)
+    if not len(row_of):
         return torch.zeros_like(q)
-    tile_of, place = torch.tensor(tile_of, device=device), torch.tensor(place, device=device)
-    rows, bases = torch.tensor(tiles, device=device).unbind(dim=1)
-    length = torch.tensor(lengths, device=device)[rows][:, None]
-    count = (torch.tensor(starts[1:], device=device) - torch.tensor(starts[:-1], device=device))[rows][
-        :, None
-    ]
+    position = torch.arange(len(row_of), device=device) + (ends - begins[1:])[row_of]
+    # query tiles of all rows: each token's tile and place in it, each tile's row and first position
+    base, place = position // QUERY_TILE * QUERY_TILE, position % QUERY_TILE
+    opens = torch.ones_like(row_of, dtype=torch.bool)
+    opens[1:] = (row_of.diff() != 0) | (base.diff() != 0)
+    tile_of = opens.cumsum(0) - 1
+    rows, bases = row_of[opens], base[opens]
+    length, count = ends[rows][:, None], counts[rows][:, None]
     p = bases[:, None] + torch.arange(QUERY_TILE, device=device)  # [E, QUERY_TILE]
     absent = (p < length - count) | (p >= length)
-    placed = torch.zeros(len(tiles), QUERY_TILE, kv_heads, group, head, device=device)
+    placed = torch.zeros(len(rows), QUERY_TILE, kv_heads, group, head, device=device)
     placed[tile_of, place] = q[: len(place)].float().view(-1, kv_heads, group, head)
     grouped = placed.transpose(1, 2).reshape(-1, QUERY_TILE * group, head)  # [E * Hk, ...]
     bounds = None
     if spans is not None:
-        bounds = torch.zeros(len(tiles), QUERY_TILE, 2, dtype=spans.dtype, device=device)
+        bounds = torch.zeros(len(rows), QUERY_TILE, 2, dtype=spans.dtype, device=device)
         bounds[tile_of, place] = spans[: len(place)]
     lowest = torch.zeros_like(length) if window is None else (length - count - window + 1).clamp(min=0)
     if window is not None:  # a tile begins its walk at its own window
         lowest = torch.maximum(lowest, bases[:, None] - window + 1)
     first_tile = lowest // KEY_TILE
-    highest = torch.full((len(tiles), kv_heads, QUERY_TILE * group, 1), NEVER, device=device)
+    highest = torch.full((len(rows), kv_heads, QUERY_TILE * group, 1), NEVER, device=device)
     total = torch.zeros_like(highest)
-    out = torch.zeros(len(tiles), kv_heads, QUERY_TILE * group, head, device=device)
+    out = torch.zeros(len(rows), kv_heads, QUERY_TILE * group, head, device=device)
     table = page_table[rows]
     walks = int(((length - 1) // KEY_TILE - first_tile).max()) + 1
     for step in range(walks):
@@ -203,7 +199,7 @@ def _attend_tiled(
         seen = _seen(p, k[:, None], bounds, window) & ~absent[:, :, None] & ~unread[:, None]
         hidden = ~seen[:, None, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)
         scores = torch.bmm(grouped, keys.permute(0, 2, 3, 1).reshape(-1, head, KEY_TILE))
-        scores = scores.view(len(tiles), kv_heads, -1, KEY_TILE).masked_fill(hidden, NEVER)
+        scores = scores.view(len(rows), kv_heads, -1, KEY_TILE).masked_fill(hidden, NEVER)
         risen = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
         shift = risen.masked_fill(risen == NEVER, 0.0)  # nothing seen so far: all weights are zero
         weights = (scores - shift).exp()
@@ -212,7 +208,7 @@ def _attend_tiled(
         added = torch.bmm(weights.flatten(0, 1), values.transpose(1, 2).reshape(-1, KEY_TILE, head))
         out = out * fade + added.view_as(out)
         highest = risen
-    out = (out / total).view(len(tiles), kv_heads, QUERY_TILE, group, head).transpose(1, 2).to(q.dtype)
+    out = (out / total).view(len(rows), kv_heads, QUERY_TILE, group, head).transpose(1, 2).to(q.dtype)
     return functional.pad(out[tile_of, place].flatten(1, 2), (0, 0, 0, 0, 0, q.shape[0] - len(place)))
 
 
