@@ -186,7 +186,7 @@ def test_the_cache_was_at_work() -> None:
 
 
 def test_a_pool_of_a_tenth_preempts_and_changes_nothing() -> None:
-    prompts = [prompts_of(None)[q] for q in (0, 2, 4, 5, 6, 8)] * 4
+    prompts = [prompts_of(None)[q] for q in (0, 2, 4, 5, 6, 8)] * 5
     params = [
         SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, logprobs=0, seed=seed)
         for seed in range(len(prompts))
