@@ -35,7 +35,8 @@ from gemcut.engine.model_files import ModelFiles
 from gemcut.llm import open_files, start_engine
 from gemcut.sampling import SamplingParams
 
-Workload = Literal["mixed", "text"]
+Workload = Literal["mixed", "text", "uneven"]
+WORKLOADS: tuple[Workload, ...] = ("mixed", "text", "uneven")
 Times = dict[str, list[float]]  # seconds of each round, by engine
 
 QUESTIONS = ("How many shapes are there?", "List all shapes.", "What colour is the circle?", "Where is it?")
@@ -66,7 +67,8 @@ class Result:
 
 
 def requests(workload: Workload, count: int, seed: int) -> list[Ask]:
-    """`count` requests of some 90 prompt tokens, 32 to 64 new ones; in "mixed" every other has a picture."""
+    """`count` requests of some 90 prompt tokens. "mixed": every other one has a picture, 32 to 64 new tokens.
+    "text": no pictures. "uneven": no pictures, 8 to 200 new tokens, short answers more often than long."""
     rng = random.Random(f"{workload}/{seed}")
     asks = []
     for index in range(count):
@@ -84,7 +86,8 @@ def requests(workload: Workload, count: int, seed: int) -> list[Ask]:
                 for _ in range(3)
             )
         content.append({"type": "text", "text": text})
-        asks.append(Ask([{"role": "user", "content": content}], rng.randint(32, 64)))
+        new_tokens = round(8 * 25 ** rng.random()) if workload == "uneven" else rng.randint(32, 64)
+        asks.append(Ask([{"role": "user", "content": content}], new_tokens))
     return asks
 
 
@@ -278,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workloads", nargs="+", choices=("mixed", "text"), default=("mixed", "text"))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--record", type=Path, help="bench/records/cpu/throughput.json in a checkout")
     options = parser.parse_args(arguments)
     import transformers

@@ -38,7 +38,7 @@ def attend(
     counts = [stop - start for start, stop in pairwise(starts)]
     single = [row for row, count in enumerate(counts) if count == 1]  # decode rows
     if len(single) == len(q) == len(counts):  # nothing else: as they are
-        return _attend_decode(q, k_pages, v_pages, page_table, lengths, window)
+        return _attend_decode(q, k_pages, v_pages, page_table, seq_lens, window)
     out = torch.zeros_like(q)
     for row, count in enumerate(counts):
         if count > 1:
@@ -47,9 +47,7 @@ def attend(
             out[some] = _attend_row(q[some], k_pages, v_pages, page_table[row], lengths[row], block, window)
     if single:
         at = [starts[row] for row in single]
-        out[at] = _attend_decode(
-            q[at], k_pages, v_pages, page_table[single], [lengths[row] for row in single], window
-        )
+        out[at] = _attend_decode(q[at], k_pages, v_pages, page_table[single], seq_lens[single], window)
     return out
 
 
@@ -97,14 +95,16 @@ def _attend_decode(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     page_table: torch.Tensor,
-    lengths: list[int],
+    lengths: torch.Tensor,
     window: int | None,
 ) -> torch.Tensor:
-    """R rows of one query each: q [R, Hq, D] at positions lengths[r] - 1. No query is in a vision block:
-    those are never alone in a chunk unless the block has one token."""
+    """R rows of one query each: q [R, Hq, D] at positions lengths[r] - 1; lengths: int32 [R].
+
+    No query is in a vision block: those are never alone in a chunk unless the block has one token.
+    """
     rows, _, head = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
-    length = torch.tensor(lengths, dtype=torch.int32, device=q.device)[:, None]
+    length = lengths[:, None]
     first = torch.zeros_like(length) if window is None else (length - window).clamp(min=0)
     first_page, last_page = first // page_size, (length - 1) // page_size
     width = int((last_page - first_page).max()) + 1
