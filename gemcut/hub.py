@@ -12,6 +12,7 @@ import errno
 import json
 import shutil
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FILES = [
     "model.safetensors.index.json",
 ]
 MAX_JSON_BYTES = 100_000_000
+SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")  # released ones, whose configs are in the package
 
 
 def resolve(
@@ -85,6 +87,23 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     return parse_json_object(text, str(path))
+
+
+def read_config(model: str, *, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What to call a model, and its config: of a folder, a config.json, a hub id or one of `SIZES`.
+
+    Weights are neither read nor downloaded. Raises NotFound or CheckpointError if there is no such config.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".json":
+            raise GemcutError(f"{model} is no config.json. Give that file, or the folder that holds it.")
+        return model, read_json(path.parent, path.name)
+    size = next((size for size in SIZES if size.lower() == model.lower()), None)
+    if size is not None and not path.exists():
+        text = resources.files("gemcut.plan").joinpath("sizes", f"{size}.json").read_bytes()
+        return f"Gemma 4 {size}", parse_json_object(text, size)
+    return model, read_json(resolve(model, revision=revision, weights=False), "config.json")
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:

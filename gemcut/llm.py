@@ -26,6 +26,7 @@ from gemcut.engine.model_files import ChatPrompt, ModelFiles, RawPrompt, chat_op
 from gemcut.engine.service import Service
 from gemcut.errors import GemcutError, InvalidRequest
 from gemcut.media.workers import MediaWorkers
+from gemcut.models.weight_sources import WeightSource
 from gemcut.outputs import Delta, RequestOutput, Stats
 from gemcut.prompt.template import media_parts
 from gemcut.runner.start import Used, largest_block, start
@@ -49,10 +50,14 @@ def open_files(config: EngineConfig) -> ModelFiles:
 
 
 def start_engine(
-    config: EngineConfig, files: ModelFiles, *, max_waiting: int = 1 << 20
+    config: EngineConfig,
+    files: ModelFiles,
+    *,
+    weights: WeightSource | None = None,
+    max_waiting: int = 1 << 20,
 ) -> tuple[Engine, Used]:
-    """Load the weights and put an engine on top. Torch comes in here."""
-    started = start(config, files.plan, files.folder, files.dtype)
+    """Load the weights, by default those of `files`, and put an engine on top. Torch comes in here."""
+    started = start(config, files.plan, weights or files.folder, files.dtype)
     sizes, plan = started.sizes, files.plan
     limits = Limits(
         max_num_seqs=config.max_num_seqs,

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcut.cli import options, terminal
-from gemcut.errors import GemcutError
+from gemcut.hub import SIZES
 
 if TYPE_CHECKING:
     from gemcut.plan import LayerPlan, ModelPlan
 
-SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 LENGTHS = (1024, 8192, 32768)
 VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -69,22 +68,11 @@ def inspect(
 
 def _read_config(model: str | None, revision: str | None) -> tuple[str, Mapping[str, Any]]:
     from gemcut.demo import CHECKPOINT
-    from gemcut.hub import parse_json_object, read_json, resolve
+    from gemcut.hub import read_config, read_json
 
     if not model:
         return "the demo checkpoint", read_json(CHECKPOINT, "config.json")
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".json":
-            raise GemcutError(f"{model} is no config.json. Give that file, or the folder that holds it.")
-        return model, read_json(path.parent, path.name)
-    size = next((size for size in SIZES if size.lower() == model.lower()), None)
-    if size is not None and not path.exists():
-        from importlib.resources import files
-
-        text = files("gemcut.plan").joinpath("sizes", f"{size}.json").read_bytes()
-        return f"Gemma 4 {size}", parse_json_object(text, size)
-    return model, read_json(resolve(model, revision=revision, weights=False), "config.json")
+    return read_config(model, revision=revision)
 
 
 def _this_gpu() -> tuple[str, int] | None:

@@ -31,6 +31,7 @@ __all__ = [
     "LoadReport",
     "Loadable",
     "StoredTensor",
+    "allocate",
     "load",
     "match_tensors",
     "read_header",
@@ -115,14 +116,8 @@ def load(
     began = time.perf_counter()
     device = torch.device(device)
     wanted, skipped = match_tensors(plan, stored_tensors(folder))
-    places = _places(model, plan)
-    _check_memory(model, device, dtype)
-    parameters = _allocate(model, device, dtype)
-    copies = []
-    for name, stored in wanted.items():
-        parameter, start, stop = places[name]
-        rows = parameters[parameter].view(1) if not parameters[parameter].dim() else parameters[parameter]
-        copies.append((stored, rows[start:stop].view(stored.shape)))
+    targets = allocate(model, plan, device=device, dtype=dtype)
+    copies = [(stored, targets[name]) for name, stored in wanted.items()]
     with torch.no_grad():
         if device.type == "cuda":
             _copy_to_gpu(copies, device)
@@ -355,6 +350,25 @@ def _several(names: Iterable[str]) -> str:
 
 
 # --- the model ---------------------------------------------------------------------------------------
+
+
+def allocate(
+    model: Any, plan: ModelPlan, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Give a `Loadable` model memory for its parameters and buffers, uninitialised.
+
+    Returns for each tensor of the plan, by its checkpoint name and in its shape, the values to fill.
+    Raises ConfigError if the device has too little memory.
+    """
+    places = _places(model, plan)
+    _check_memory(model, device, dtype)
+    parameters = _allocate(model, device, dtype)
+    targets = {}
+    for name, shape in tensor_shapes(plan).items():
+        parameter, start, stop = places[name]
+        rows = parameters[parameter].view(1) if not parameters[parameter].dim() else parameters[parameter]
+        targets[name] = rows[start:stop].view(shape)
+    return targets
 
 
 def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

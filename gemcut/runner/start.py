@@ -15,6 +15,7 @@ from gemcut.errors import ConfigError
 from gemcut.kernels import Backend
 from gemcut.models.checkpoint import LoadReport, load
 from gemcut.models.gemma4.model import Gemma4
+from gemcut.models.weight_sources import WeightSource
 from gemcut.plan import ModelPlan, TextPlan, kv_bytes
 from gemcut.runner.kv import PoolSizes
 from gemcut.runner.runner import ModelRunner
@@ -49,9 +50,12 @@ class Started:
     used: Used
 
 
-def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str | None) -> Started:
-    """Load the weights of `folder` and allocate the KV cache. stored_dtype: what its config says.
+def start(
+    config: EngineConfig, plan: ModelPlan, weights: Path | WeightSource, stored_dtype: str | None
+) -> Started:
+    """Fill a model with the weights of a folder or another source, and allocate the KV cache.
 
+    stored_dtype: what the checkpoint's config says.
     Raises ConfigError if the device, the dtype or the memory is not there.
     """
     began = time.perf_counter()
@@ -70,7 +74,7 @@ def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str
     backend = Backend("torch", deterministic=config.deterministic)
     with torch.device("meta"):
         model = Gemma4(plan, backend)
-    loaded = load(model, plan, folder, device=device, dtype=dtype)
+    loaded = load_weights(model, plan, weights, device=device, dtype=dtype)
     model.eval()
     value_bytes = dtype.itemsize
     max_model_len = min(config.max_model_len or plan.text.max_positions, plan.text.max_positions)
@@ -116,6 +120,15 @@ def start(config: EngineConfig, plan: ModelPlan, folder: Path, stored_dtype: str
         what_fits(plan.text, sizes, config.max_num_seqs, max_model_len),
     )
     return Started(runner, sizes, max_model_len, loaded, used)
+
+
+def load_weights(
+    model: Gemma4, plan: ModelPlan, weights: Path | WeightSource, *, device: torch.device, dtype: torch.dtype
+) -> LoadReport:
+    """Fill a model from a checkpoint folder, or from whatever else brings its values."""
+    if isinstance(weights, Path):
+        return load(model, plan, weights, device=device, dtype=dtype)
+    return weights.fill(model, plan, device=device, dtype=dtype)
 
 
 def choose_device(name: str) -> tuple[torch.device, tuple[tuple[str, str], ...]]:
