@@ -33,6 +33,15 @@ def rounded(x, dtype: tl.constexpr, ROUND: tl.constexpr):
     return x
 
 
+def fuses(backend: Backend) -> bool:
+    """Whether a product and the sum after it may share one rounding: `enable_fp_fusion` of a launch.
+
+    The compiler narrows a rounded product of two bf16 values to bf16 and then fuses it with a bf16 sum, as if
+    `rounded` were not there. Kernels that add rounded products must say no with reference numerics.
+    """
+    return backend.numerics != "reference"
+
+
 @triton.jit
 def rms(x, eps, H: tl.constexpr):
     """(mean(x^2) + eps)^-1/2 of an fp32 row; columns beyond H must be 0."""

@@ -39,7 +39,7 @@ def embed(
 
         return implementation.embed(token_ids, weight, soft, soft_rows, next_weight, eps=eps, backend=backend)
     # rounded to the weight's dtype before the product: 53.0 for 26B-A4B in bf16 (spec 10, item 1)
-    x = weight[token_ids] * torch.tensor(hidden**0.5, dtype=weight.dtype, device=weight.device)
+    x = weight[token_ids] * float(torch.tensor(hidden**0.5, dtype=weight.dtype))
     if soft is not None and soft_rows is not None:
         x = torch.where((soft_rows >= 0)[:, None], soft[soft_rows.clamp(min=0)], x)
     return x, rms_norm(x, next_weight, eps)

@@ -12,7 +12,7 @@ from gemcut.kernels.glu.op import glu
 
 def _inputs(count: int, width: int) -> MakeInputs:
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        gate_up = normal(generator, device, dtype)(count, 2 * width, scale=3.0)
+        gate_up = normal(generator, device, dtype)(count, 2 * width)
         if count > 1:
             gate_up[-1] = float("nan")  # a row of padding
             gate_up[0, 0], gate_up[0, 1] = 60.0, -60.0  # far into both tails
@@ -29,7 +29,7 @@ def _case(count: int, width: int, full_size: bool) -> Case:
         outputs=("m",),
         bytes=2 * 3 * count * width,
         full_size=full_size,
-        flips=1e-2,  # gelu's tails: the exponential and torch's tanh differ in the last bits of fp32
+        flips=1e-2,  # torch's 1 + tanh cancels in the left tail, the kernel's sigmoid does not
     )
 
 

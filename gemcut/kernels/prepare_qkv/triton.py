@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemcut.kernels.add_norm.triton import rounded
+from gemcut.kernels.add_norm.triton import fuses, rounded
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.rope.triton import rotate
 
@@ -142,6 +142,6 @@ def prepare_qkv(
     _prepare_qkv[(count, tiles)](
         qkv, q_norm, k_norm, rope, slots, q, k_pages, v_pages, count, eps,
         q_heads, kv_heads, head, rope.shape[2], q_tile, k_tile, k_eq_v, backend.numerics == "reference",
-        num_warps=warps,
+        num_warps=warps, enable_fp_fusion=fuses(backend),
     )  # fmt: skip
     return q

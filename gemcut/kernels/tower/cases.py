@@ -132,6 +132,7 @@ def _pool_case(
         outputs=("features",),
         bytes=2 * hidden * (10 * tokens + (2 if standardize else 0)) + 9 * ids.itemsize * tokens,
         full_size=full_size,
+        capturable_reference=False,  # it reads the pictures' bounds
     )
 
 

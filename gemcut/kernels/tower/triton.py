@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemcut.kernels.add_norm.triton import load_row, rms, rounded, row_shape
+from gemcut.kernels.add_norm.triton import fuses, load_row, rms, rounded, row_shape
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.rope.triton import rotate
 
@@ -176,6 +176,7 @@ def prepare_tower_qkv(
     _prepare_tower_qkv[(count, 3 * (heads // tile))](
         qkv, q_norm, k_norm, x_rope, y_rope, q, k, v, count, eps,
         heads, head, tile, block, backend.numerics == "reference", num_warps=warps,
+        enable_fp_fusion=fuses(backend),
     )  # fmt: skip
     return q, k, v
 
@@ -196,5 +197,6 @@ def pool_patches(
     _pool_patches[(count,)](
         x, cells, std_bias, std_scale, out, hidden**0.5, eps,
         hidden, block, standardize, backend.numerics == "reference", num_warps=warps,
+        enable_fp_fusion=fuses(backend),
     )  # fmt: skip
     return out

@@ -1,0 +1,5 @@
+"""`python -m gemcut`: the same command as `gemcut`."""
+
+from gemcut.cli import main
+
+main()
