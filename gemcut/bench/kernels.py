@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gemcut.bench.timing import Ceilings, Times, elapsed_us, measure_ceilings
 from gemcut.kernels import Backend
 from gemcut.kernels.case import Case, all_cases
 
@@ -30,25 +30,8 @@ PATIENCE = 2e5  # microseconds a call, in all, for timing a slow reference
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Microseconds of one call."""
-
-    median: float
-    p20: float
-    p80: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """What this card does at most, measured in the same run: bytes read and written, bf16 FLOPs, a second."""
-
-    copy_bytes: float
-    matrix_flops: float
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
-    """One case. `share`: of the nearer ceiling. `host`: microseconds the host spends on a call."""
+    """One case, in microseconds. `share`: of the nearer ceiling. `host`: what the host spends on a call."""
 
     operation: str
     case: str
@@ -60,15 +43,6 @@ class Result:
     flops: int
     share: float
     ceiling: str
-
-
-def measure_ceilings() -> Ceilings:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = _times(lambda: target.copy_(source), 10).median
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    product = _times(lambda: a @ b, 10).median
-    return Ceilings(2 * source.numel() / copy * 1e6, 2 * 8192**3 / product * 1e6)
 
 
 def measure(case: Case, backend: Backend, ceilings: Ceilings, rounds: int = ROUNDS) -> Result:
@@ -87,13 +61,13 @@ def measure(case: Case, backend: Backend, ceilings: Ceilings, rounds: int = ROUN
         "matrix rate": case.flops / ceilings.matrix_flops * 1e6,
     }
     ceiling = max(least, key=lambda name: least[name])
-    times = _summary(kernel_times)
+    times = Times.of(kernel_times)
     return Result(
         operation=case.operation.__name__,
         case=case.name,
         numerics=backend.numerics,
         kernel=times,
-        reference=_summary(reference_times),
+        reference=Times.of(reference_times),
         host=_host_time(case, sets[0], backend),
         bytes=case.bytes,
         flops=case.flops,
@@ -112,14 +86,14 @@ def _runner(case: Case, sets: Sequence[dict[str, Any]], backend: Backend) -> Cal
     if backend.kernels == "torch" and not case.capturable_reference:
         sets = sets[:2]  # it waits for the device between launches: a cold cache is its least trouble
         calls()
-        return lambda: _elapsed(calls) / len(sets)
+        return lambda: elapsed_us(calls) / len(sets)
     calls()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         calls()
     graph.replay()
-    return lambda: _elapsed(graph.replay) / len(sets)
+    return lambda: elapsed_us(graph.replay) / len(sets)
 
 
 def _host_time(case: Case, inputs: dict[str, Any], backend: Backend, calls: int = 50) -> float:
@@ -130,25 +104,6 @@ def _host_time(case: Case, inputs: dict[str, Any], backend: Backend, calls: int 
     spent = time.perf_counter() - start
     torch.cuda.synchronize()
     return spent / calls * 1e6
-
-
-def _times(call: Callable[[], Any], rounds: int) -> Times:
-    call()
-    return _summary([_elapsed(call) for _ in range(rounds)])
-
-
-def _elapsed(call: Callable[[], Any]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) * 1e3
-
-
-def _summary(times: Sequence[float]) -> Times:
-    fifths = statistics.quantiles(times, n=5)
-    return Times(statistics.median(times), fifths[0], fifths[3])
 
 
 def record(results: Sequence[Result], ceilings: Ceilings, command: str, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.kernels import Ceilings, measure_ceilings
+from gemcut.bench.timing import Ceilings, measure_ceilings
 from gemcut.kernels import Backend
 from gemcut.kernels.attention import triton as attention
 from gemcut.kernels.attention.cases import CASES as ATTENTION
