@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from gemcut.data import SOFT_TOKEN_BUDGETS
 from gemcut.errors import ConfigError
 
 DeviceName = str  # "auto", "cpu", "cuda", "cuda:1"
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+Kernels = Literal["auto", "torch", "triton"]
+Numerics = Literal["auto", "reference", "fused"]
+GraphMode = Literal["auto", "full", "piecewise", "off"]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+_CHOICES = {"kernels": get_args(Kernels), "numerics": get_args(Numerics), "graphs": get_args(GraphMode)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,17 +30,22 @@ class EngineConfig:
     deterministic: tokens and logprobs of a request are bit-equal whatever else runs, however its prompt is
     chunked, cached or recomputed; slower. Without it products of other shapes may round otherwise, and
     near-ties fall otherwise. seed: requests that bring none get seeds derived from it, in order of arrival;
-    None draws them. kernels, graphs: "auto" takes the best that is proven on the device; what was not taken,
-    and why, stands in `Used.switched_off`. image_tokens: budget of a picture when a request names none;
-    None for the checkpoint's.
+    None draws them. image_tokens: budget of a picture when a request names none; None for the checkpoint's.
+
+    kernels: "triton" on GPUs, "torch" anywhere. numerics: "reference" rounds wherever the reference
+    implementation does, "fused" once a segment (triton kernels only). graphs: CUDA graphs of "full" steps, of
+    the "piecewise" segments between attention calls, or "off". "auto" takes the best that works on the
+    device, and what was not taken, and why, stands in `Used.switched_off`; what is named is taken, or the
+    engine does not start.
     """
 
     model: str | None = None
     revision: str | None = None
     device: DeviceName = "auto"
     dtype: DTypeName = "auto"
-    kernels: Literal["auto", "torch"] = "auto"
-    graphs: Literal["auto", "off"] = "auto"
+    kernels: Kernels = "auto"
+    numerics: Numerics = "auto"
+    graphs: GraphMode = "auto"
     kv_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_batched_tokens: int = 2048
@@ -51,9 +61,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} does not exist. Choose one of: {', '.join(DTYPES)}.")
-        for name, known in (("kernels", ("auto", "torch")), ("graphs", ("auto", "off"))):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}. Choose {' or '.join(known)}.")
+                choices = ", ".join(known)
+                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}. Choose one of: {choices}.")
         for name in ("max_num_batched_tokens", "max_num_seqs", "page_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -71,3 +82,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton's interpreter was asked for: it runs the kernels on a CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

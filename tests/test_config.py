@@ -16,7 +16,8 @@ from gemcut.llm import LLM, open_files
     [
         ("dtype", "int8"),
         ("kernels", "cuda"),
-        ("graphs", "full"),
+        ("numerics", "exact"),
+        ("graphs", "half"),
         ("kv_bytes", 0),
         ("gpu_memory_utilization", 1.5),
         ("max_num_batched_tokens", 0),

@@ -51,7 +51,25 @@ DType = Annotated[
     flag("--dtype", help="auto: the checkpoint's on a GPU, float32 on a CPU.", panel=ENGINE),
 ]
 Kernels = Annotated[
-    Literal["auto", "torch"], flag("--kernels", help="What computes the layers.", panel=ENGINE)
+    Literal["auto", "torch", "triton"],
+    flag("--kernels", help="What computes the layers; auto: triton on a GPU, else torch.", panel=ENGINE),
+]
+Numerics = Annotated[
+    Literal["auto", "reference", "fused"],
+    flag(
+        "--numerics",
+        help="reference: rounds wherever the reference implementation does; fused: once a segment.",
+        panel=ENGINE,
+    ),
+]
+Graphs = Annotated[
+    Literal["auto", "full", "piecewise", "off"],
+    flag(
+        "--graphs",
+        help="CUDA graphs of whole steps, of the pieces between attention calls, or none; auto: the first "
+        "that agrees with the eager forward.",
+        panel=ENGINE,
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,
@@ -127,6 +145,8 @@ def engine_settings(
     device: str,
     dtype: str,
     kernels: str,
+    numerics: str,
+    graphs: str,
     max_model_len: int | None,
     kv_bytes: int | None,
     gpu_memory_utilization: float,
@@ -141,6 +161,8 @@ def engine_settings(
         "device": device,
         "dtype": dtype,
         "kernels": kernels,
+        "numerics": numerics,
+        "graphs": graphs,
         "max_model_len": max_model_len,
         "kv_bytes": kv_bytes,
         "gpu_memory_utilization": gpu_memory_utilization,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from gemcut.config import EngineConfig
+from gemcut.config import EngineConfig, is_triton_interpreted
 from gemcut.data import SOFT_TOKEN_BUDGETS
 from gemcut.errors import ConfigError
 from gemcut.kernels import Backend
@@ -23,6 +24,8 @@ from gemcut.runner.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
+LEAST_CAPABILITY = (8, 0)  # bf16 products: Ampere and newer
+AUTO_NUMERICS = "reference"  # no kernel rounds more often than the reference, so this is never less exact
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -33,6 +36,7 @@ class Used:
     device: str
     dtype: str
     kernels: str
+    numerics: str
     graphs: str
     load_s: float
     kv_tokens: int
@@ -60,18 +64,13 @@ def start(
     """
     began = time.perf_counter()
     device, switched_off = choose_device(config.device)
-    if device.type == "cuda":
-        if config.deterministic:
-            raise ConfigError(
-                "Deterministic mode is proven on the CPU only: on a GPU the library's products depend on the "
-                "batch. Use --device cpu, or run without it."
-            )
-        if config.kernels == "auto":
-            switched_off += (("triton kernels", "they are not proven on a GPU yet; the torch kernels run"),)
-        if config.graphs == "auto":
-            switched_off += (("CUDA graphs", "they are not built yet; operations are launched one by one"),)
+    backend, without = choose_backend(config, device)
+    switched_off += without
+    if config.graphs in ("full", "piecewise"):
+        raise ConfigError(f"graphs cannot be {config.graphs!r} yet: the runner captures none.")
+    if device.type == "cuda" and config.graphs == "auto":
+        switched_off += (("CUDA graphs", "they are not built yet; operations are launched one by one"),)
     dtype, dtype_name = choose_dtype(config.dtype, stored_dtype, device)
-    backend = Backend("torch", deterministic=config.deterministic)
     with torch.device("meta"):
         model = Gemma4(plan, backend)
     loaded = load_weights(model, plan, weights, device=device, dtype=dtype)
@@ -104,6 +103,7 @@ def start(
         device=describe(device),
         dtype=dtype_name,
         kernels=backend.kernels,
+        numerics=backend.numerics,
         graphs="off",
         load_s=seconds,
         kv_tokens=sizes.full_pages * sizes.page_size,
@@ -149,6 +149,45 @@ def choose_device(name: str) -> tuple[torch.device, tuple[tuple[str, str], ...]]
     if device.type != "cpu":
         raise ConfigError(f"gemcut runs on cpu and cuda, not on {device.type}.")
     return torch.device("cpu"), ()
+
+
+def choose_backend(config: EngineConfig, device: torch.device) -> tuple[Backend, tuple[tuple[str, str], ...]]:
+    """What computes, and what was given up. Raises ConfigError for what was asked for and cannot be."""
+    obstacle = triton_obstacle(device)
+    if config.kernels == "triton" and obstacle:
+        raise ConfigError(f"The triton kernels cannot run: {obstacle}. Use --kernels torch.")
+    if config.kernels == "auto":
+        # a CPU misses nothing: interpreted, the triton kernels are for tests
+        kernels = "triton" if device.type == "cuda" and not obstacle else "torch"
+    else:
+        kernels = config.kernels
+    without: tuple[tuple[str, str], ...] = ()
+    if config.kernels == "auto" and device.type == "cuda" and obstacle:
+        without = (("triton kernels", obstacle),)
+    if config.deterministic and device.type == "cuda" and kernels == "torch":
+        reason = f"they cannot run: {obstacle}" if obstacle else "the library's products depend on the batch"
+        raise ConfigError(
+            f"Deterministic mode on a GPU needs the triton kernels: {reason}. Use --device cpu, or run "
+            "without it."
+        )
+    numerics = config.numerics
+    if numerics == "auto":
+        numerics = AUTO_NUMERICS if kernels == "triton" else "reference"
+    return Backend(kernels, numerics, config.deterministic), without
+
+
+def triton_obstacle(device: torch.device) -> str:
+    """Why the triton kernels cannot run on a device; empty if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            have, need = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+            return f"{torch.cuda.get_device_name(device)} has compute capability {have}, they need {need}"
+    elif not is_triton_interpreted():
+        return "they need a GPU (or TRITON_INTERPRET=1, which is for tests)"
+    return ""
 
 
 def choose_dtype(name: str, stored: str | None, device: torch.device) -> tuple[torch.dtype, str]:
