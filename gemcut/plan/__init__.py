@@ -5,7 +5,15 @@ decoder layer. Attention, MLP, KV pools, checkpoint loader and cost model all re
 none derives them again. No torch here.
 """
 
-from gemcut.plan.costs import Work, forward_work, kv_bytes, kv_bytes_per_token, weight_bytes
+from gemcut.plan.costs import (
+    Work,
+    batch_work,
+    forward_work,
+    kv_bytes,
+    kv_bytes_per_token,
+    tower_work,
+    weight_bytes,
+)
 from gemcut.plan.facts import (
     AudioPlan,
     ExpertsPlan,
@@ -33,6 +41,7 @@ __all__ = [
     "TokenIds",
     "VisionPlan",
     "Work",
+    "batch_work",
     "canonical_name",
     "forward_work",
     "is_dead_tensor",
@@ -41,5 +50,6 @@ __all__ = [
     "parameter_count",
     "parse_config",
     "tensor_shapes",
+    "tower_work",
     "weight_bytes",
 ]

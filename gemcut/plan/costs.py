@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gemcut.data import PATCH, POOL
 from gemcut.plan.facts import LayerKind, LayerPlan, ModelPlan, TextPlan
 from gemcut.plan.tensors import parameter_count
 
@@ -76,11 +77,19 @@ def attention_values(text: TextPlan, layer: LayerPlan) -> int:
 
 
 def forward_work(
-    plan: ModelPlan, sequences: int, count: int, past: int, logits_per_sequence: int = 1, *, width: int = 2
+    plan: ModelPlan,
+    sequences: int,
+    count: int,
+    past: int,
+    logits_per_sequence: int = 1,
+    *,
+    experts: float | None = None,
+    width: int = 2,
 ) -> Work:
     """Work of one pass of the decoder over `sequences` rows of `count` new tokens on `past` cached ones.
 
-    `width`: bytes of a weight, activation or KV value. Text models without per-layer inputs.
+    `experts`: how many each layer was seen to touch; by default the worst case, uniform routing. `width`:
+    bytes of a weight, activation or KV value. Text models without per-layer inputs.
     """
     text, work, tokens = plan.text, Work(), sequences * count
     hidden = text.hidden
@@ -106,10 +115,61 @@ def forward_work(
             # the partial outputs of the experts are written once and read once by the tail norm
             partial = 2 * top_k * hidden if tokens > 1 else hidden
             activations = tokens * (2 * hidden + 2 * top_k * layer.experts.width + partial)
-            touched = distinct_experts(layer, tokens) * expert + router
-            work.add("experts", width * (touched + activations), 2.0 * tokens * (top_k * expert + router))
+            touched = distinct_experts(layer, tokens) if experts is None else experts
+            read = touched * expert + router
+            work.add("experts", width * (read + activations), 2.0 * tokens * (top_k * expert + router))
         work.add("norms", width * tokens * 9 * hidden)
     rows = sequences * logits_per_sequence
     head = text.vocab * hidden
     work.add("head", width * (head + rows * (text.vocab + hidden)), 2.0 * head * rows)
     return work
+
+
+def tower_work(plan: ModelPlan, pictures: int, patches: int, *, width: int = 2) -> Work:
+    """Work of the vision tower and the projector over pictures of `patches` patches each (spec 4.2, 4.3)."""
+    vision, work, tokens = plan.vision, Work(), pictures * patches
+    assert vision is not None, "a model with a vision tower"
+    hidden, inner = vision.hidden, vision.heads * vision.head_dim
+    values = 4 * hidden * inner
+    work.add(
+        "qkv_o",
+        vision.layers * width * (values + tokens * (2 * hidden + 4 * inner)),
+        vision.layers * 2.0 * values * tokens,
+    )
+    work.add(
+        "attention",
+        vision.layers * width * tokens * 4 * inner,
+        vision.layers * 4.0 * inner * pictures * patches**2,
+    )
+    values = 3 * hidden * vision.ff_width
+    work.add(
+        "dense",
+        vision.layers * width * (values + tokens * 2 * (hidden + vision.ff_width)),
+        vision.layers * 2.0 * values * tokens,
+    )
+    # Norms add nothing: a picture's stream stays in the cache. The patch embedding comes before the layers,
+    # pooling and the projector after.
+    soft = tokens // (POOL * POOL)
+    embedding, projector = 3 * PATCH * PATCH * hidden, hidden * plan.text.hidden
+    work.add("head", width * (embedding + tokens * 2 * hidden), 2.0 * embedding * tokens)
+    work.add("head", width * (projector + soft * (hidden + plan.text.hidden)), 2.0 * projector * soft)
+    return work
+
+
+def batch_work(
+    plan: ModelPlan, requests: int, prompt: int, answer: int, at_once: int, chunk: int
+) -> list[tuple[int, Work]]:
+    """Work of an offline batch: prompts in steps of `chunk` tokens, then `at_once` answers side by side until
+    all have their tokens, wave by wave. A list of (times, work of one such step)."""
+    steps: list[tuple[int, Work]] = []
+    left = requests
+    while left:
+        wave = min(left, at_once)
+        rows = max(1, chunk // prompt)
+        whole, rest = divmod(wave, min(rows, wave))
+        steps.append((whole, forward_work(plan, min(rows, wave), prompt, 0)))
+        if rest:
+            steps.append((1, forward_work(plan, rest, prompt, 0)))
+        steps += [(1, forward_work(plan, wave, 1, prompt + i)) for i in range(answer - 1)]
+        left -= wave
+    return steps

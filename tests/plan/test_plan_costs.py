@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sizes import SIZES, config
 
-from gemcut.plan import forward_work, kv_bytes, kv_bytes_per_token, parse_config, weight_bytes
+from gemcut.plan import (
+    batch_work,
+    forward_work,
+    kv_bytes,
+    kv_bytes_per_token,
+    parse_config,
+    tower_work,
+    weight_bytes,
+)
 from gemcut.plan.costs import distinct_experts, visible_pairs
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -56,6 +64,30 @@ def test_prefill_floors_of_26b(tokens: int, ms: float) -> None:
 def test_decode_floors_of_26b(sequences: int, ms: float) -> None:
     work = forward_work(parse_config(config("26B-A4B")), sequences, 1, 1024)
     assert work.floor_s(BANDWIDTH, RATE) * 1e3 == pytest.approx(ms, abs=0.006)
+
+
+def test_experts_that_were_counted_replace_the_worst_case() -> None:
+    plan = parse_config(config("26B-A4B"))
+    few, many, worst = (
+        forward_work(plan, 8, 1, 1024, experts=experts).floor_s(BANDWIDTH, RATE) for experts in (39, 52, None)
+    )
+    one = 2 * 3 * 2816 * 704 * 30 / BANDWIDTH  # an expert more in each of 30 layers
+    assert many - few == pytest.approx(13 * one)
+    assert many - worst == pytest.approx((52 - distinct_experts(plan.text.layers[0], 8)) * one)
+
+
+def test_tower_floor_of_26b() -> None:
+    """One picture of 280 tokens is 2,520 patches: 4.6 ms."""
+    work = tower_work(parse_config(config("26B-A4B")), 1, 2520)
+    assert work.floor_s(BANDWIDTH, RATE) * 1e3 == pytest.approx(4.6, abs=0.06)
+
+
+@pytest.mark.parametrize(("at_once", "seconds"), [(66, 13.5), (94, 11.4), (128, 9.3), (256, 7.1)])
+def test_batch_floors_of_26b(at_once: int, seconds: float) -> None:
+    """256 requests of 1,024 tokens in and 128 out."""
+    steps = batch_work(parse_config(config("26B-A4B")), 256, 1024, 128, at_once, 8192)
+    total = sum(times * work.floor_s(BANDWIDTH, RATE) for times, work in steps)
+    assert total == pytest.approx(seconds, abs=0.06)
 
 
 def test_decode_reads_each_weight_once() -> None:
