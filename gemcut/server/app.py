@@ -116,7 +116,7 @@ class App:
             record.key = self.keys.check(exchange.headers)
         if page is not None:
             self._check_method(record.method, "GET")
-            await exchange.bytes(page.read(), page.kind, headers=pages.HEADERS)
+            await self._page(exchange, page)
         elif route is None and path.startswith("/v1/models/"):
             self._check_method(record.method, "GET")
             await exchange.json(self._model(path.removeprefix("/v1/models/")))
@@ -135,6 +135,14 @@ class App:
                 raise NotReady("The engine is being restarted.", 5.0)
             body = await exchange.body()
             await race(exchange, route.handler(exchange, body))
+
+    async def _page(self, exchange: Exchange, page: pages.Page) -> None:
+        content = page.read()
+        headers = [*pages.HEADERS, (b"etag", tag := pages.tag(content))]
+        if tag in exchange.headers.get(b"if-none-match", b""):
+            await exchange.not_modified(headers)
+        else:
+            await exchange.bytes(content, page.kind, headers=headers)
 
     def _check_method(self, method: str, wanted: str) -> None:
         if method != wanted and not (method == "HEAD" and wanted == "GET"):
@@ -256,8 +264,9 @@ class App:
         try:
             await self._chat_answer(exchange, request)
         except InvalidRequest as error:
-            if request.response_format is not None and (error.param or "").startswith("structured_outputs"):
-                error.param = "response_format"  # by the name that the client knows
+            if (error.param or "").startswith("structured_outputs") and request.structured_outputs is None:
+                # by the name that the client knows
+                error.param = "tools" if request.response_format is None else "response_format"
             raise
 
     async def _chat_answer(self, exchange: Exchange, request: protocol.ChatRequest) -> None:

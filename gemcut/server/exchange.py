@@ -116,6 +116,13 @@ class Exchange:
         await self._put({"type": "http.response.start", "status": status, "headers": head})
         await self._put({"type": "http.response.body", "body": b"" if self._is_head else body})
 
+    async def not_modified(self, headers: Headers) -> None:
+        """Answer that the client has what there is."""
+        self.record.status = 304
+        head = [*self._common(), *headers]
+        await self._put({"type": "http.response.start", "status": 304, "headers": head})
+        await self._put({"type": "http.response.body", "body": b""})
+
     async def begin_events(self) -> None:
         """Begin a stream of server-sent events."""
         self.record.status = 200
