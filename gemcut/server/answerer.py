@@ -71,14 +71,14 @@ class Answerer:
 
     async def chat_prompt(self, chat: Conversation) -> ChatPrompt:
         """Render a conversation and load its pictures. Raises InvalidRequest naming the message part."""
-        parts = await self._in_thread(lambda: media_parts(chat.messages))
+        parts = await self.in_thread(lambda: media_parts(chat.messages))
         if len(parts) > self.config.max_images:
             raise InvalidRequest(
                 f"The request has {len(parts)} pictures; at most {self.config.max_images} are taken.",
                 parts[self.config.max_images].param,
             )
         pictures = await self._pictures(parts, chat.image_tokens)
-        return await self._in_thread(
+        return await self.in_thread(
             lambda: self.files.chat_prompt(
                 chat.messages,
                 tools=chat.tools or None,
@@ -92,7 +92,7 @@ class Answerer:
 
     async def raw_prompt(self, prompt: str | Sequence[int]) -> ChatPrompt:
         """A prompt without a template."""
-        return ChatPrompt(await self._in_thread(lambda: raw_prompt(self.files, prompt)), (), False)
+        return ChatPrompt(await self.in_thread(lambda: raw_prompt(self.files, prompt)), (), False)
 
     def job(
         self,
@@ -163,7 +163,7 @@ class Answerer:
     async def _pictures(self, parts: Sequence[MediaPart], image_tokens: int | None) -> list[ImagePatches]:
         if not parts:
             return []
-        sources = await self._in_thread(lambda: [self._source(part, image_tokens) for part in parts])
+        sources = await self.in_thread(lambda: [self._source(part, image_tokens) for part in parts])
         waiting = [asyncio.wrap_future(self.workers.patches(*source)) for source in sources]
         try:
             pictures = []
@@ -193,7 +193,8 @@ class Answerer:
             error.param = f"{part.param}.{error.param}" if error.param else part.param
             raise
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do what may take long beside the loop, which goes on serving streams."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 

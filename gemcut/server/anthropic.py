@@ -17,6 +17,7 @@ from gemcut.server.answerer import Answerer, Conversation, check_complete
 from gemcut.server.exchange import encode
 from gemcut.server.protocol import MAX_MESSAGES, MAX_TOOLS, Strict, check_stops
 from gemcut.server.stream import named_event
+from gemcut.server.tool_choice import ToolChoice
 
 
 class CacheControl(Strict):
@@ -82,6 +83,15 @@ class AutoChoice(Strict, tag_field="type", tag="auto"):
     disable_parallel_tool_use: bool | None = None
 
 
+class AnyChoice(Strict, tag_field="type", tag="any"):
+    disable_parallel_tool_use: bool | None = None
+
+
+class ToolNamed(Strict, tag_field="type", tag="tool"):
+    name: str
+    disable_parallel_tool_use: bool | None = None
+
+
 class NoChoice(Strict, tag_field="type", tag="none"):
     pass
 
@@ -119,7 +129,7 @@ class CountRequest(Strict, kw_only=True):
     messages: list[Message]
     system: str | list[TextBlock] | None = None
     tools: list[ToolSpec] | None = None
-    tool_choice: AutoChoice | NoChoice | None = None
+    tool_choice: AutoChoice | AnyChoice | ToolNamed | NoChoice | None = None
     thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
@@ -143,9 +153,8 @@ async def prompt_of(answerer: Answerer, request: CountRequest) -> ChatPrompt:
     if len(request.tools or ()) > MAX_TOOLS:
         raise InvalidRequest(f"tools holds more than {MAX_TOOLS} tools.", "tools")
     messages, numbers = _conversation(request)
-    hides_tools = isinstance(request.tool_choice, NoChoice)
     thinks = isinstance(request.thinking, ThinkingOn | ThinkingAdaptive)
-    tools = [] if hides_tools else [_tool(tool) for tool in request.tools or ()]
+    tools = [] if tool_choice(request).hidden else [_tool(tool) for tool in request.tools or ()]
     try:
         return await answerer.chat_prompt(
             Conversation(messages=messages, tools=tools, enable_thinking=thinks)
@@ -157,20 +166,33 @@ async def prompt_of(answerer: Answerer, request: CountRequest) -> ChatPrompt:
 async def messages_job(answerer: Answerer, request: MessagesRequest, salt: bytes) -> Job:
     """The job of a message. Raises InvalidRequest."""
     check_stops(request.stop_sequences or (), "stop_sequences")
-    choice = request.tool_choice
-    one_call = isinstance(choice, AutoChoice) and choice.disable_parallel_tool_use
-    ids = (answerer.files.tokenizer.control_id("<tool_call|>"),) if one_call else ()
-    form = None if request.output_config is None else request.output_config.format
+    choice = tool_choice(request)
+    output = None if request.output_config is None else request.output_config.format
+    asked = None if output is None else StructuredOutputs(json_schema=output.schema)
+    tools = [_tool(tool) for tool in request.tools or ()]
+    form = await answerer.in_thread(lambda: choice.form(answerer.files, tools, asked, "input_schema"))
     params = SamplingParams(
         max_tokens=request.max_tokens,
         temperature=request.temperature,
         top_k=request.top_k,
         top_p=request.top_p,
         stop=tuple(request.stop_sequences or ()),
-        stop_token_ids=ids,
-        structured_outputs=None if form is None else StructuredOutputs(json_schema=form.schema),
+        stop_token_ids=choice.stop_ids(answerer.files),
+        structured_outputs=form,
     )
     return answerer.job(await prompt_of(answerer, request), params, chat=True, salt=salt)
+
+
+def tool_choice(request: CountRequest) -> ToolChoice:
+    """What a request says of calls."""
+    choice = request.tool_choice
+    if choice is None or isinstance(choice, NoChoice):
+        return ToolChoice(hidden=choice is not None)
+    return ToolChoice(
+        forced=not isinstance(choice, AutoChoice),
+        only=choice.name if isinstance(choice, ToolNamed) else None,
+        single=bool(choice.disable_parallel_tool_use),
+    )
 
 
 def _conversation(request: CountRequest) -> tuple[list[dict[str, Any]], list[int]]:

@@ -11,13 +11,13 @@ from typing import Any
 from gemcut.data import TokenLogprobs
 from gemcut.engine.loop import Job
 from gemcut.engine.model_files import ModelFiles
-from gemcut.errors import InvalidRequest
 from gemcut.outputs import CompletionOutput, Delta, RequestOutput, ToolCall
 from gemcut.server import protocol
 from gemcut.server.answerer import Answerer, Conversation, check_complete, reasoning_tokens
 from gemcut.server.exchange import encode
 from gemcut.server.protocol import ChatRequest
 from gemcut.server.stream import DONE, PING, Chunks
+from gemcut.server.tool_choice import ToolChoice
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 
@@ -27,8 +27,7 @@ def conversation(request: ChatRequest | protocol.TokenizeRequest, *, thinks: boo
     assert request.messages is not None, "the caller has looked"
     template, processor = request.chat_template_kwargs, request.mm_processor_kwargs
     tools = protocol.tools_of(request.tools)
-    # "none" takes the tools out of the prompt: what the model does not know it cannot call
-    hides_tools = isinstance(request, ChatRequest) and request.tool_choice == "none"
+    hides_tools = isinstance(request, ChatRequest) and tool_choice(request).hidden
     adds = request.add_generation_prompt if isinstance(request, protocol.TokenizeRequest) else True
     return Conversation(
         messages=protocol.messages_of(request.messages),
@@ -42,28 +41,29 @@ def conversation(request: ChatRequest | protocol.TokenizeRequest, *, thinks: boo
 
 async def chat_job(answerer: Answerer, request: ChatRequest, salt: bytes) -> Job:
     """The job of a chat completion. Raises InvalidRequest."""
-    check_tool_choice(request)
-    more: dict[str, Any] = {}
-    if request.parallel_tool_calls is False:
-        # the first call's end is the end of the answer
-        more["stop_ids"] = (answerer.files.tokenizer.control_id("<tool_call|>"),)
-    params = protocol.chat_sampling(request, **more)
+    choice = tool_choice(request)
+    tools = protocol.tools_of(request.tools)
+    asked = protocol.structure(request)
+    form = await answerer.in_thread(lambda: choice.form(answerer.files, tools, asked, "function.parameters"))
+    params = protocol.chat_sampling(
+        request, structured_outputs=form, stop_ids=choice.stop_ids(answerer.files)
+    )
     priority = protocol.check_priority(request.priority)
     thinks = protocol.thinks(request.reasoning_effort, request.chat_template_kwargs)
     prompt = await answerer.chat_prompt(conversation(request, thinks=thinks))
     return answerer.job(prompt, params, chat=True, priority=priority, salt=salt)
 
 
-def check_tool_choice(request: ChatRequest) -> None:
-    """Raise InvalidRequest for a choice that cannot be honoured."""
+def tool_choice(request: ChatRequest) -> ToolChoice:
+    """What a request says of calls."""
     choice = request.tool_choice
-    if choice in (None, "none", "auto"):
-        return
-    if not request.tools:
-        raise InvalidRequest("tool_choice asks for a call, and there are no tools.", "tool_choice")
-    raise InvalidRequest(
-        "tool_choice can be none or auto; a call cannot be forced yet.",
-        "tool_choice",
+    named = choice.function.name if isinstance(choice, protocol.NamedTool) else None
+    return ToolChoice(
+        # what the model does not know it cannot call
+        hidden=choice == "none",
+        forced=choice == "required" or named is not None,
+        only=named,
+        single=request.parallel_tool_calls is False,
     )
 
 

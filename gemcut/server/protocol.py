@@ -327,9 +327,8 @@ def chat_sampling(request: ChatRequest, **more: Any) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    form = structure(request)
     try:
-        return sampling(request, logprobs=logprobs, max_tokens=most, structured_outputs=form, **more)
+        return sampling(request, logprobs=logprobs, max_tokens=most, **more)
     except InvalidRequest as error:
         if error.param == "logprobs":
             error.param = "top_logprobs"

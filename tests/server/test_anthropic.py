@@ -62,6 +62,32 @@ def test_a_schema_rules_the_answer(demo: Server) -> None:
     assert json.loads(block.text) in ({"a": 1}, {"a": 2})
 
 
+def test_a_call_is_forced(demo: Server) -> None:
+    tools: list[Any] = [
+        {"name": "stop", "input_schema": {"type": "object", "properties": {}}},
+        {
+            "name": "go",
+            "input_schema": {
+                "type": "object",
+                "properties": {"to": {"enum": ["a", "b"]}},
+                "required": ["to"],
+            },
+        },
+    ]
+    with client(demo) as api:
+        given: Any = {"model": "gemcut-demo", "max_tokens": 300, "messages": ask("x"), "tools": tools}
+        once = {"disable_parallel_tool_use": True}
+        done = api.messages.create(**given, tool_choice={"type": "any", **once})
+        (block,) = done.content
+        assert block.type == "tool_use"
+        assert (block.name, block.input) in [("stop", {}), ("go", {"to": "a"}), ("go", {"to": "b"})]
+        assert done.stop_reason == "tool_use"
+        with api.messages.stream(**given, tool_choice={"type": "tool", "name": "go", **once}) as stream:
+            (block,) = stream.get_final_message().content
+        assert block.type == "tool_use"
+        assert (block.name, block.input) in [("go", {"to": "a"}), ("go", {"to": "b"})]
+
+
 def test_thinking_and_tools_and_their_way_back(scripted: Server) -> None:
     with client(scripted) as api:
         given: Any = {
@@ -180,6 +206,11 @@ def test_errors_have_anthropics_form(scripted: Server) -> None:
         {"messages": [{"role": "assistant", "content": [PICTURE]}]},
         {"tools": [{"name": "f"}]},
         {"tool_choice": {"type": "any"}},
+        {"tool_choice": {"type": "tool", "name": "f"}, "tools": TOOLS},
+        {
+            "tool_choice": {"type": "tool", "name": "weather"},
+            "tools": [{**TOOLS[0], "input_schema": {"not": {}}}],
+        },
         {"thinking": {"type": "enabled"}},
         {"output_config": {"effort": "low"}},
         {"output_config": {"format": {"type": "json_schema"}}},

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from server_rig import DATA_URI, Server
@@ -204,6 +205,129 @@ def test_a_schema_that_cannot_be_compiled_is_named(demo: Server) -> None:
         )
         assert reply.status == 400
         assert reply.error["param"] == "response_format"
+
+
+LIGHTS: list[Any] = [
+    {"type": "function", "function": {"name": "all_off"}},
+    {
+        "type": "function",
+        "function": {
+            "name": "set_light",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "room": {"enum": ["hall", "kitchen", 'the "lab"']},
+                    "level": {"type": "integer", "minimum": 0, "maximum": 100},
+                    "label": {"type": "string", "maxLength": 4},
+                },
+                "required": ["room", "level"],
+            },
+        },
+    },
+]
+
+
+def fits(call: Any) -> bool:
+    """Whether a call, in any interface's shape, is of one of LIGHTS and as its schema says."""
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "all_off":
+        return arguments == {}
+    jsonschema.validate(arguments, LIGHTS[1]["function"]["parameters"])
+    return call.function.name == "set_light"
+
+
+def test_a_call_is_forced_on_a_model_that_has_never_seen_one(demo: Server) -> None:
+    named: Any = {"type": "function", "function": {"name": "set_light"}}
+    with client(demo) as api:
+        given: Any = {"model": "gemcut-demo", "messages": QUESTION, "tools": LIGHTS, "max_tokens": 300}
+        for seed in range(4):
+            done = api.chat.completions.create(
+                **given, tool_choice="required", parallel_tool_calls=False, seed=seed, temperature=2
+            )
+            (call,) = done.choices[0].message.tool_calls or ()
+            assert fits(call)
+            assert done.choices[0].finish_reason == "tool_calls"
+            assert not done.choices[0].message.content
+        done = api.chat.completions.create(
+            **given, tool_choice=named, n=3, seed=1, temperature=2, parallel_tool_calls=False
+        )
+        calls: list[Any] = [call for choice in done.choices for call in choice.message.tool_calls or ()]
+        assert len(calls) == 3
+        assert all(fits(call) and call.function.name == "set_light" for call in calls)
+        pieces: list[Any] = []
+        for chunk in api.chat.completions.create(
+            **given, tool_choice=named, stream=True, seed=3, parallel_tool_calls=False
+        ):
+            pieces += chunk.choices[0].delta.tool_calls or ()
+            reason = chunk.choices[0].finish_reason
+        assert {piece.index for piece in pieces} == {0}
+        assert "".join(piece.function.name or "" for piece in pieces) == "set_light"
+        room = json.loads("".join(piece.function.arguments or "" for piece in pieces))["room"]
+        assert room in ("hall", "kitchen", 'the "lab"')
+        assert reason == "tool_calls"
+
+
+def test_a_model_that_may_call_answers_in_its_form_otherwise(demo: Server) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with client(demo) as api:
+        done = api.chat.completions.create(
+            model="gemcut-demo", messages=QUESTION, tools=LIGHTS, response_format=form, temperature=0
+        )
+    message = done.choices[0].message
+    assert all(fits(call) for call in message.tool_calls or ())
+    assert message.tool_calls or json.loads(message.content or "")["a"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "words"),
+    [
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            "there are no tools",
+        ),
+        (
+            {"tools": WEATHER, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            "there is no tool 'f'",
+        ),
+        (
+            {"tools": WEATHER, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+            "no room for a form",
+        ),
+        ({"tools": WEATHER, "structured_outputs": {"regex": "a"}}, "structured_outputs.regex", "regex"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+            },
+            "tools[0].function.parameters",
+            "'not'",
+        ),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"properties": {"a": {"pattern": "(("}}}},
+                    }
+                ],
+            },
+            "tools",
+            "cannot be used",
+        ),
+    ],
+    ids=str,
+)
+def test_calls_that_cannot_be_forced(scripted: Server, wrong: dict[str, Any], param: str, words: str) -> None:
+    reply = scripted.chat("hello", **wrong)
+    assert reply.status == 400
+    assert reply.error["param"] == param
+    assert words in reply.error["message"]
 
 
 # ---- forms, from scripted replies
