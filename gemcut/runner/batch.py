@@ -1,129 +1,254 @@
-"""A step's integers become a batch's tensors: positions, page slots, spans, soft-token places."""
+"""A step's integers become tensors whose addresses never change, so that captured graphs can read them.
+
+Enters: rows. Leaves: the `Batch` of a forward and what sampling reads, all of it views of one block of memory
+on the device. A step fills the block with one copy; only new pages and soft tokens are copied beside it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from gemcut.data import PageRun, Row, Seat, Step
+from gemcut.data import Row, Seat
 from gemcut.models.batch import Batch, PagedRows
-from gemcut.runner.encode import SoftTokens
+from gemcut.runner.sample import Draws, DrawTensors
+from gemcut.runner.upload import upload
 
-
-class PageTables:
-    """Each slot's page tables on the host, int32 [slots, pages of the longest sequence]; -1 is no page."""
-
-    def __init__(self, num_slots: int, max_model_len: int, page_size: int) -> None:
-        self.page_size = page_size
-        shape = num_slots, -(-max_model_len // page_size)
-        self.full = np.full(shape, -1, dtype=np.int32)
-        self.sliding = np.full(shape, -1, dtype=np.int32)
-
-    def seat(self, seat: Seat) -> None:
-        """A new sequence takes the slot: its tables start empty."""
-        self.full[seat.slot] = -1
-        self.sliding[seat.slot] = -1
-
-    def extend(self, row: Row) -> None:
-        """Enter the pages that a row brings."""
-        for table, run in ((self.full, row.full_pages), (self.sliding, row.sliding_pages)):
-            if run is not None:
-                _enter(table[row.slot], run)
-
-
-def _enter(entries: np.ndarray, run: PageRun) -> None:
-    entries[run.index : run.index + len(run.pages)] = run.pages
+# Fields of the block. Each takes a stripe: an even number of words of 8 bytes, so that all begin at multiples
+# of 16 bytes, which the kernels are compiled for.
+ROW_FIELDS = {
+    "slots": np.int64,  # of each row
+    "ends": np.int64,  # [L] place of the last token of each row that samples
+    "drawn": np.int64,  # [L] its slot
+    "top_k": np.int64,
+    "uniform": np.float64,
+    "temperature": np.float32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "query_start": np.int32,
+    "seq_lens": np.int32,
+}
+TOKEN_FIELDS = {
+    "ids": np.int64,
+    "sources": np.int64,  # word of the block that holds the token's id
+    "positions": np.int64,
+    "sliding": np.int64,  # page slots of the two pools
+    "full": np.int64,
+    "soft_rows": np.int64,
+    "spans": np.int32,  # two a token
+}
+POOLS = ("sliding", "full")  # order of the page tables
+_TORCH = {
+    np.int64: torch.int64,
+    np.float64: torch.float64,
+    np.float32: torch.float32,
+    np.int32: torch.int32,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Late:
-    """Decode rows: their token is the one that their slot sampled last, still on the device."""
+class Size:
+    """What a forward is shaped by. tokens, rows: those of a step may be fewer, the rest is padding.
 
-    tokens: torch.Tensor  # int64, places in the batch
-    slots: torch.Tensor  # int64
-
-
-def build(
-    step: Step, tables: PageTables, soft: SoftTokens, last_tokens: torch.Tensor, device: torch.device
-) -> Batch:
-    """The batch of a step whose seats and pages are entered. `last_tokens`: int64 [slots] on the device."""
-    rows = step.rows
-    counts = np.array([row.count for row in rows], dtype=np.int64)
-    starts = np.array([row.start for row in rows], dtype=np.int64)
-    slots = np.array([row.slot for row in rows], dtype=np.int64)
-    query_start = np.concatenate([[0], counts.cumsum()])
-    total = int(query_start[-1])
-    positions = np.arange(total) + np.repeat(starts - query_start[:-1], counts)
-    token_ids = np.zeros(total, dtype=np.int64)
-    late = []
-    for i, row in enumerate(rows):
-        if row.token_ids is None:
-            late.append(i)
-        else:
-            token_ids[query_start[i] : query_start[i + 1]] = row.token_ids
-    of_token = np.repeat(slots, counts)
-    width = int(-(-(starts + counts).max() // tables.page_size))
-
-    def paged(table: np.ndarray) -> PagedRows:
-        pages = table[of_token, positions // tables.page_size].astype(np.int64)
-        where = pages * tables.page_size + positions % tables.page_size
-        where[pages < 0] = -1
-        return PagedRows(_to(where, device), _to(table[slots, :width], device))
-
-    ids = _to(token_ids, device)
-    if late:
-        ids[_to(query_start[late], device)] = last_tokens[_to(slots[late], device)]
-    spans = soft_tokens = soft_rows = None
-    if any(row.spans for row in rows):
-        spans, soft_rows, parts = _place_media(rows, query_start, total, soft)
-        spans, soft_rows, soft_tokens = _to(spans, device), _to(soft_rows, device), torch.cat(parts)
-    return Batch(
-        token_ids=ids,
-        positions=_to(positions, device),
-        query_start=_to(query_start.astype(np.int32), device),
-        seq_lens=_to((starts + counts).astype(np.int32), device),
-        sliding=paged(tables.sliding),
-        full=paged(tables.full),
-        spans=spans,
-        soft=soft_tokens,
-        soft_rows=soft_rows,
-    )
-
-
-def _place_media(
-    rows: tuple[Row, ...], query_start: np.ndarray, total: int, soft: SoftTokens
-) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
-    """Vision blocks [T, 2] by position, soft-token rows [T], and the soft tokens they point into.
-
-    Adjacent pictures or frames without text between them are one block (spec 3).
+    pages: columns of the page tables. media: soft tokens and vision blocks are looked at.
     """
-    blocks = np.zeros((total, 2), dtype=np.int32)
-    places = np.full(total, -1, dtype=np.int64)
-    parts: list[torch.Tensor] = []
-    held = 0
-    for row, first in zip(rows, query_start[:-1], strict=True):
-        merged: list[list[int]] = []
-        for span in row.spans:
-            start, stop = max(span.start, row.start), min(span.stop, row.start + row.count)
-            at = first + start - row.start
-            places[at : at + stop - start] = held + np.arange(start, stop) - span.start
-            tokens = soft[span.key]
-            parts.append(tokens)
-            held += tokens.shape[0]
-            if span.kind == "audio":
-                continue
-            if merged and merged[-1][1] == span.start:
-                merged[-1][1] = span.stop
+
+    tokens: int
+    rows: int
+    pages: int
+    media: bool
+
+
+class PageTables:
+    """Each slot's page tables, int32 [pools, slots, pages of the longest sequence], here and on the device.
+
+    Here -1 is no page. On the device entries that nobody may read are whatever they were.
+    """
+
+    def __init__(self, num_slots: int, max_model_len: int, page_size: int, device: torch.device) -> None:
+        self.num_slots, self.page_size = num_slots, page_size
+        self.width = -(-max_model_len // page_size)
+        self.host = np.full((len(POOLS), num_slots, self.width), -1, dtype=np.int32)
+        self.device = torch.zeros(self.host.shape, dtype=torch.int32, device=device)
+
+    def enter(self, seats: Sequence[Seat], rows: Sequence[Row]) -> None:
+        """New sequences start with empty tables; the pages that rows bring join theirs."""
+        for seat in seats:
+            self.host[:, seat.slot] = -1
+        places: list[int] = []
+        pages: list[int] = []
+        for row in rows:
+            for pool, run in enumerate((row.sliding_pages, row.full_pages)):
+                if run is not None:
+                    self.host[pool, row.slot, run.index : run.index + len(run.pages)] = run.pages
+                    first = (pool * self.num_slots + row.slot) * self.width + run.index
+                    places += range(first, first + len(run.pages))
+                    pages += run.pages
+        if places:
+            new = upload(np.array([places, pages]), self.device.device)
+            self.device.view(-1).index_copy_(0, new[0], new[1].int())
+
+
+class Inputs:
+    """What steps of up to `max_tokens` tokens are made of, on the device.
+
+    The block begins with the token that each slot sampled last, and one that nobody reads: padding samples
+    as well. `soft` [max_tokens, H] holds the soft tokens of a step, each in its token's place.
+    """
+
+    def __init__(self, tables: PageTables, max_tokens: int, soft: torch.Tensor, device: torch.device) -> None:
+        self.tables, self.max_tokens, self.soft = tables, max_tokens, soft
+        self.max_rows = tables.num_slots + 1
+        self._row_stripe = _even(self.max_rows + 1)  # query_start has one entry more than there are rows
+        self._begin = _even(tables.num_slots + 1)
+        self._tokens_begin = self._begin + len(ROW_FIELDS) * self._row_stripe
+        words = self._tokens_begin + len(TOKEN_FIELDS) * _even(max_tokens)
+        self.block = torch.zeros(words, dtype=torch.int64, device=device)
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """int64 [slots + 1]."""
+        return self.block[: self.tables.num_slots + 1]
+
+    def fill(self, rows: Sequence[Row], size: Size, soft: Mapping[bytes, torch.Tensor], draws: Draws) -> None:
+        """Make `batch(size)` and `draws(...)` those of `rows`, whose pages are entered. soft: by key, [S, H].
+
+        Padding reads id 0 at position 0, writes no page, is no soft token and in no block; rows of padding
+        have no tokens and no keys.
+        """
+        counts = np.array([row.count for row in rows], dtype=np.int64)
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        slots = np.array([row.slot for row in rows], dtype=np.int64)
+        ends = counts.cumsum()
+        total, num_rows = int(ends[-1]), len(rows)
+        assert total <= size.tokens <= self.max_tokens, f"{total} tokens do not fit into {size}"
+        assert num_rows <= size.rows <= self.max_rows, f"{num_rows} rows do not fit into {size}"
+        stop = self._tokens_begin + len(TOKEN_FIELDS) * _even(size.tokens)
+        # torch keeps pinned memory from its next user until copies from it are done
+        staging = torch.zeros(stop, dtype=torch.int64, pin_memory=self.block.is_cuda)
+        words = staging.numpy()
+
+        def field(name: str, count: int) -> np.ndarray:
+            return self._field(words, name, count, size.tokens)
+
+        field("slots", num_rows)[:] = slots
+        query_start = field("query_start", size.rows + 1)
+        query_start[1 : num_rows + 1] = ends
+        query_start[num_rows + 1 :] = total
+        field("seq_lens", num_rows)[:] = starts + counts
+        field("drawn", size.rows)[:] = self.tables.num_slots
+        num_drawn = len(draws.slots)
+        field("ends", num_drawn)[:] = ends[draws.rows] - 1
+        field("drawn", num_drawn)[:] = draws.slots
+        for name, values in draws.columns.items():
+            field(name, num_drawn)[:] = values
+
+        begins = ends - counts
+        positions = np.arange(total) + np.repeat(starts - begins, counts)
+        field("positions", total)[:] = positions
+        of_token = np.repeat(slots, counts)
+        places, offsets = np.divmod(positions, self.tables.page_size)
+        for pool, table in zip(POOLS, self.tables.host, strict=True):
+            pages = table[of_token, places].astype(np.int64)
+            where = field(pool, size.tokens)
+            where[:total] = np.where(pages < 0, -1, pages * self.tables.page_size + offsets)
+            where[total:] = -1
+        ids, sources = field("ids", total), field("sources", size.tokens)
+        sources[:] = self._place("ids", size.tokens) + np.arange(size.tokens)
+        for row, begin, end in zip(rows, begins.tolist(), ends.tolist(), strict=True):
+            if row.token_ids is None:
+                sources[begin] = row.slot
             else:
-                merged.append([span.start, span.stop])
-        for begin, end in merged:
-            start, stop = max(begin, row.start), min(end, row.start + row.count)
-            at = first + start - row.start
-            blocks[at : at + stop - start] = begin, end
-    return blocks, places, parts
+                ids[begin:end] = row.token_ids
+        if size.media:
+            soft_rows = field("soft_rows", size.tokens)
+            soft_rows[:] = -1
+            self._place_media(rows, begins, soft_rows, field("spans", 2 * total).reshape(-1, 2), soft)
+        self.block[self._begin : stop].copy_(staging[self._begin :], non_blocking=True)
+
+    def batch(self, size: Size) -> Batch:
+        """What `fill` was given, for the model. Ids and page tables are gathered on the device now, the rest
+        are views."""
+
+        def field(name: str, count: int) -> torch.Tensor:
+            return self._field(self.block, name, count, size.tokens)
+
+        columns = self.tables.device[:, :, : size.pages]
+        tables = columns.index_select(1, field("slots", size.rows))
+        sliding, full = (
+            PagedRows(field(name, size.tokens), table) for name, table in zip(POOLS, tables, strict=True)
+        )
+        return Batch(
+            token_ids=self.block.index_select(0, field("sources", size.tokens)),
+            positions=field("positions", size.tokens),
+            query_start=field("query_start", size.rows + 1),
+            seq_lens=field("seq_lens", size.rows),
+            sliding=sliding,
+            full=full,
+            spans=field("spans", 2 * size.tokens).view(-1, 2) if size.media else None,
+            soft=self.soft[: size.tokens] if size.media else None,
+            soft_rows=field("soft_rows", size.tokens) if size.media else None,
+        )
+
+    def ends(self, count: int) -> torch.Tensor:
+        """int64 [count], places of the tokens whose logits are wanted; those of padding are 0."""
+        return self._field(self.block, "ends", count)
+
+    def draws(self, count: int) -> DrawTensors:
+        """What the first `count` rows that sample are drawn with."""
+        names = ("drawn", "temperature", "top_k", "top_p", "min_p", "uniform")
+        return DrawTensors(*(self._field(self.block, name, count) for name in names))
+
+    def _place_media(
+        self,
+        rows: Sequence[Row],
+        begins: np.ndarray,
+        soft_rows: np.ndarray,
+        blocks: np.ndarray,
+        soft: Mapping[bytes, torch.Tensor],
+    ) -> None:
+        """Copy the soft tokens, say where they are, and enter the vision blocks by position.
+
+        Adjacent pictures or frames without text between them are one block (spec 3).
+        """
+        for row, first in zip(rows, begins.tolist(), strict=True):
+            merged: list[list[int]] = []
+            to_token = first - row.start
+            row_stop = row.start + row.count
+            for span in row.spans:
+                start, stop = max(span.start, row.start), min(span.stop, row_stop)
+                some = slice(to_token + start, to_token + stop)
+                soft_rows[some] = np.arange(some.start, some.stop)
+                tokens = soft[span.key][start - span.start : stop - span.start]
+                self.soft[some].copy_(tokens, non_blocking=True)
+                if span.kind == "audio":
+                    continue
+                if merged and merged[-1][1] == span.start:
+                    merged[-1][1] = span.stop
+                else:
+                    merged.append([span.start, span.stop])
+            for begin, end in merged:
+                start, stop = max(begin, row.start), min(end, row_stop)
+                blocks[to_token + start : to_token + stop] = begin, end
+
+    def _place(self, name: str, tokens: int) -> int:
+        """The first word of a field in steps of so many tokens."""
+        if name in ROW_FIELDS:
+            return self._begin + list(ROW_FIELDS).index(name) * self._row_stripe
+        return self._tokens_begin + list(TOKEN_FIELDS).index(name) * _even(tokens)
+
+    def _field(self, words: Any, name: str, count: int, tokens: int = 0) -> Any:
+        """The first `count` values of a field, as a view. words: int64, of numpy or torch."""
+        kind: Any = ROW_FIELDS.get(name) or TOKEN_FIELDS[name]
+        start = self._place(name, tokens)
+        size = -(-count * np.dtype(kind).itemsize // 8)
+        dtype = _TORCH[kind] if isinstance(words, torch.Tensor) else kind
+        return words[start : start + size].view(dtype)[:count]
 
 
-def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+def _even(count: int) -> int:
+    return count + count % 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from gemcut.data import POOL, EncodeItem, ImagePatches
 from gemcut.models.batch import Patches
 from gemcut.models.gemma4.model import Gemma4
+from gemcut.runner.upload import upload
 
 # Patches in one pass of the tower. A CPU wants its activations in its caches (16 pictures of 630 patches took
 # a quarter longer at one go than by twos); a GPU wants to be filled, and memory for activations is finite.
@@ -30,19 +31,21 @@ def pack(pictures: Sequence[ImagePatches], device: torch.device) -> Patches:
     positions = np.concatenate([picture.positions() for picture in pictures]).astype(np.int64)
     grouped = [cells(p.rows, p.columns) + start for p, start in zip(pictures, starts[:-1], strict=True)]
     pixels, positions, starts, joined = (
-        torch.from_numpy(np.ascontiguousarray(a)).to(device)
-        for a in (pixels, positions, starts, np.concatenate(grouped))
+        upload(a, device) for a in (pixels, positions, starts, np.concatenate(grouped))
     )
     return Patches(pixels, positions, starts, joined)
 
 
-class SoftTokens:
+class SoftTokens(Mapping[bytes, torch.Tensor]):
     """Soft tokens of encoded media, by the key that the engine gave them. It decides what stays."""
 
     def __init__(self, model: Gemma4, device: torch.device) -> None:
         self.model, self.device = model, device
         self.most_patches = PATCHES_AT_ONCE[device.type]
         self._by_key: dict[bytes, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._by_key)
 
     def __len__(self) -> int:
         return len(self._by_key)

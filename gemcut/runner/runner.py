@@ -9,32 +9,40 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gemcut.data import Row, Step, StepResult, TokenLogprobs
+from gemcut.data import Row, Step, StepResult
 from gemcut.errors import ConfigError
 from gemcut.models.gemma4.model import Gemma4
-from gemcut.runner.batch import PageTables, build
+from gemcut.runner.batch import Inputs, PageTables, Size
 from gemcut.runner.encode import SoftTokens
 from gemcut.runner.kv import KVPools, PoolSizes
-from gemcut.runner.sample import Sampled, Sampler, top_logprobs
+from gemcut.runner.sample import Draws, Ranked, Sampler, choose, is_broken, top_logprobs
+from gemcut.runner.upload import upload
 
 PROMPT_LOGIT_ROWS = 256  # rows of prompt logits at a time: [256, 262144] fp32 is 268 MB
+BROKEN = -1  # in place of a token
 
 
 @dataclass(slots=True)
 class _Launched:
-    """A step whose tokens may still be on their way. `done`: the CUDA event after the copy, if any."""
+    """A step whose results may still be on their way. `done`: the CUDA event after the copies, if any.
+
+    tokens: of each of `slots`, or BROKEN. logprobs: of the rows `wanted` (slot, k), in that order.
+    """
 
     number: int
     slots: list[int]
     tokens: torch.Tensor
-    broken: torch.Tensor
-    done: torch.cuda.Event | None
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    done: torch.cuda.Event | None = None
+    logprobs: Ranked | None = None
+    wanted: Sequence[tuple[int, int]] = ()
+    prompt_logprobs: Mapping[int, Sequence[Ranked]] = field(default_factory=dict)
 
 
 class ModelRunner:
-    """The runner of the engine's protocol, over one model on one device."""
+    """The runner of the engine's protocol, over one model on one device.
+
+    Everything runs on a stream of its own, the one that graphs are captured on.
+    """
 
     def __init__(
         self,
@@ -42,10 +50,12 @@ class ModelRunner:
         sizes: PoolSizes,
         *,
         max_num_seqs: int,
+        max_num_tokens: int,
         max_model_len: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        """max_num_tokens: of a step."""
         backbone = getattr(model, "text_backbone", None)
         if backbone is None:
             raise ConfigError(
@@ -53,41 +63,38 @@ class ModelRunner:
             )
         self.model, self.device, self.dtype = model, device, dtype
         self.decoder = backbone()
-        self.kv = KVPools(model.plan.text, sizes, device, dtype)
-        self.tables = PageTables(max_num_seqs, max_model_len, sizes.page_size)
+        text = model.plan.text
+        self.kv = KVPools(text, sizes, device, dtype)
+        self.tables = PageTables(max_num_seqs, max_model_len, sizes.page_size, device)
         self.soft = SoftTokens(model, device)
-        self.sampler = Sampler(max_num_seqs, model.plan.text.vocab, device, self.decoder.backend)
-        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        takes_media = model.plan.vision is not None
+        soft = torch.zeros(max_num_tokens if takes_media else 0, text.hidden, device=device, dtype=dtype)
+        self.inputs = Inputs(self.tables, max_num_tokens, soft, device)
+        self.sampler = Sampler(max_num_seqs, text.vocab, device, self.decoder.backend)
+        # what the forward leaves to the head, and the head to the host
+        self.picked = torch.zeros(max_num_seqs + 1, text.hidden, device=device, dtype=dtype)
+        self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            torch.cuda.synchronize(device)  # what was loaded and made above was so on another stream
         self._launched: deque[_Launched] = deque()
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
         """Start a step. `masks`: slot -> the ids that its grammar admits next, as an int32 bitmask."""
-        for key in step.free_media:
-            self.soft.free(key)
-        if step.encode:
-            self.soft.encode(step.encode)
-        for seat in step.seats:
-            self.tables.seat(seat)
-            self.sampler.seat(seat)
-        for row in step.rows:
-            self.tables.extend(row)
-        if not step.rows:
-            empty = torch.empty(0, dtype=torch.int64)
-            self._launched.append(_Launched(step.number, [], empty, empty.bool(), None))
-            return
-        batch = build(step, self.tables, self.soft, self.last_tokens, self.device)
-        hidden = self.decoder(batch, self.kv.layers)
-        prompt_logprobs = self._prompt_logprobs(step.rows, hidden)
-        sampled, slots = self._sample(step.rows, hidden, masks or {})
-        tokens, broken, done = sampled.tokens, sampled.broken, None
-        if self.device.type == "cuda":
-            tokens, broken = (t.to("cpu", non_blocking=True) for t in (tokens, broken))
-            done = torch.cuda.Event()
-            done.record()
-        self._launched.append(
-            _Launched(step.number, slots, tokens, broken, done, sampled.logprobs, prompt_logprobs)
-        )
+        with torch.cuda.stream(self.stream):  # type: ignore[arg-type]  # None leaves it as it is
+            for key in step.free_media:
+                self.soft.free(key)
+            if step.encode:
+                self.soft.encode(step.encode)
+            for seat in step.seats:
+                self.sampler.seat(seat)
+            self.tables.enter(step.seats, step.rows)
+            launched = self._run(step, masks or {})
+            if self.stream is not None:
+                launched.done = torch.cuda.Event()
+                launched.done.record()
+        self._launched.append(launched)
 
     def collect(self) -> StepResult:
         """Wait for the oldest launched step."""
@@ -95,51 +102,89 @@ class ModelRunner:
         if step.done is not None:
             step.done.synchronize()
         tokens, errors = {}, {}
-        for slot, token, broken in zip(step.slots, step.tokens.tolist(), step.broken.tolist(), strict=True):
-            if broken:
+        for slot, token in zip(step.slots, step.tokens.tolist(), strict=True):
+            if token == BROKEN:
                 errors[slot] = (
                     "No token can be chosen for this request: the model's output is not a number, or the "
                     "request's bans leave nothing. Others are unaffected."
                 )
             else:
                 tokens[slot] = token
-        return StepResult(step.number, tokens, errors, step.logprobs, step.prompt_logprobs)
+        logprobs = {}
+        if step.logprobs is not None:
+            for (slot, k), entry in zip(step.wanted, step.logprobs.read(), strict=True):
+                logprobs[slot] = entry.first(k)
+        prompt_logprobs = {
+            slot: tuple(entry for part in parts for entry in part.read())
+            for slot, parts in step.prompt_logprobs.items()
+        }
+        return StepResult(step.number, tokens, errors, logprobs, prompt_logprobs)
 
-    def _sample(
-        self, rows: Sequence[Row], hidden: torch.Tensor, masks: Mapping[int, np.ndarray]
-    ) -> tuple[Sampled, list[int]]:
-        slots, ends, indices, end = [], [], [], 0
-        for row in rows:
-            end += row.count
-            if row.samples:
-                slots.append(row.slot)
-                ends.append(end - 1)
-                indices.append(row.start + row.count - len(self.sampler.prompt_ids(row.slot)))
-        if not slots:
-            none = torch.empty(0, dtype=torch.int64)
-            return Sampled(none, none.bool()), []
-        logits = self.decoder.logits(hidden[torch.tensor(ends, device=self.device)])
-        sampled = self.sampler.draw(logits, slots, indices, masks)
-        self.last_tokens[torch.tensor(slots, device=self.device)] = sampled.tokens
-        return sampled, slots
+    def _run(self, step: Step, masks: Mapping[int, np.ndarray]) -> _Launched:
+        if not step.rows:
+            return _Launched(step.number, [], torch.empty(0, dtype=torch.int64))
+        draws = self.sampler.draws(step.rows, masks)
+        size = self._size(step.rows)
+        self.inputs.fill(step.rows, size, self.soft, draws)
+        hidden = self.forward(size)
+        launched = _Launched(step.number, draws.slots, self.tokens[:0])
+        launched.prompt_logprobs = self._prompt_logprobs(step.rows, hidden)
+        if draws.slots:
+            self._draw(draws, masks, launched)
+        return launched
 
-    def _prompt_logprobs(
-        self, rows: Sequence[Row], hidden: torch.Tensor
-    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+    def _size(self, rows: Sequence[Row]) -> Size:
+        """The size of a step as it is."""
+        pages = self.tables.width
+        if self.device.type == "cpu":  # its attention copies tables; on a GPU every step sees the same width
+            pages = -(-max(row.start + row.count for row in rows) // self.tables.page_size)
+        media = any(row.spans for row in rows)
+        return Size(sum(row.count for row in rows), len(rows), pages, media)
+
+    def forward(self, size: Size) -> torch.Tensor:
+        """Run the decoder on what was filled in. Rows that sample leave their hidden states in `picked`.
+
+        Returns the hidden states [size.tokens, H] of all tokens.
+        """
+        hidden = self.decoder(self.inputs.batch(size), self.kv.layers)
+        torch.index_select(hidden, 0, self.inputs.ends(size.rows), out=self.picked[: size.rows])
+        return hidden
+
+    def head(self, count: int, max_top_k: int) -> None:
+        """Draw tokens for the first `count` rows of `picked`, from the logits as they are."""
+        logits = self.decoder.logits(self.picked[:count])
+        tokens = choose(logits, self.inputs.draws(count), max_top_k, self.decoder.backend)
+        self._keep(tokens, is_broken(logits))
+
+    def _draw(self, draws: Draws, masks: Mapping[int, np.ndarray], launched: _Launched) -> None:
+        count = len(draws.slots)
+        logits = self.decoder.logits(self.picked[:count])
+        sampled = self.sampler.draw(logits, draws, self.inputs.draws(count), masks)
+        self._keep(sampled.tokens, sampled.broken)
+        launched.logprobs, launched.wanted = sampled.logprobs, sampled.wanted
+        # a copy: the next step writes its tokens to the same place
+        launched.tokens = self.tokens[:count].to("cpu", non_blocking=True, copy=True)
+
+    def _keep(self, tokens: torch.Tensor, broken: torch.Tensor) -> None:
+        """Leave tokens where the slots' next decode rows and the host find them."""
+        count = len(tokens)
+        self.inputs.last_tokens.scatter_(0, self.inputs.draws(count).slots, tokens)
+        self.tokens[:count].copy_(tokens.masked_fill(broken, BROKEN))
+
+    def _prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> dict[int, list[Ranked]]:
         """slot -> entries of prompt tokens start + 1 .. start + count, as far as they are in the prompt."""
-        found = {}
+        found: dict[int, list[Ranked]] = {}
         begin = 0
         for row in rows:
             k = self.sampler.params(row.slot).prompt_logprobs
             prompt = self.sampler.prompt_ids(row.slot)
             if k is not None and row.start < len(prompt) - 1:
                 count = min(row.count, len(prompt) - 1 - row.start)
-                following = torch.tensor(prompt[row.start + 1 :][:count], device=self.device)
-                entries: list[TokenLogprobs] = []
+                following = upload(np.array(prompt[row.start + 1 :][:count]), self.device)
+                found[row.slot] = []
                 for i in range(0, count, PROMPT_LOGIT_ROWS):
                     stop = min(count, i + PROMPT_LOGIT_ROWS)
                     logits = self.decoder.logits(hidden[begin + i : begin + stop])
-                    entries += top_logprobs(logits, following[i:stop], k)
-                found[row.slot] = tuple(entries)
+                    found[row.slot].append(top_logprobs(logits, following[i:stop], k))
             begin += row.count
         return found

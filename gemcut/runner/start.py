@@ -94,6 +94,7 @@ def start(
         model,
         sizes,
         max_num_seqs=config.max_num_seqs,
+        max_num_tokens=largest,
         max_model_len=max_model_len,
         device=device,
         dtype=dtype,

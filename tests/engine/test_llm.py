@@ -39,9 +39,9 @@ def forced(llm: LLM, text: str, **choices: object) -> RequestOutput:
     engine = llm._engine
     draw = engine.runner.sampler.draw
 
-    def scripted(logits, slots, indices, masks):
-        sampled = draw(logits, slots, indices, masks)
-        for row, index in enumerate(indices):
+    def scripted(logits, draws, tensors, masks):
+        sampled = draw(logits, draws, tensors, masks)
+        for row, index in enumerate(draws.indices):
             sampled.tokens[row] = ids[min(index, len(ids) - 1)]
         return sampled
 

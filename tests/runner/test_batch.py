@@ -5,15 +5,40 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 
 from gemcut.data import MediaSpan, PageRun, Row, Seat, Step
 from gemcut.models.batch import Batch
-from gemcut.runner.batch import PageTables, build
+from gemcut.runner.batch import Inputs, PageTables, Size
+from gemcut.runner.sample import Draws
 
 CPU = torch.device("cpu")
 SLOTS, LONGEST, SIZE = 6, 90, 4
+MOST = 200  # tokens of a step
+
+
+def draws_of(step: Step) -> Draws:
+    """Some rows sample, each with numbers of its own."""
+    rows = [i for i, row in enumerate(step.rows) if row.samples]
+    numbers = np.array([step.rows[i].slot + 1 for i in rows])
+    columns = {"temperature": numbers / 2, "top_p": numbers / 4, "min_p": numbers / 8, "top_k": numbers * 3}
+    return Draws(
+        rows=np.array(rows, dtype=np.int64),
+        slots=[step.rows[i].slot for i in rows],
+        indices=[0] * len(rows),
+        columns=columns | {"uniform": numbers / 16},
+        max_top_k=20,
+        plain=True,
+    )
+
+
+def exact(step: Step) -> Size:
+    """A size without padding."""
+    pages = max(-(-(row.start + row.count) // SIZE) for row in step.rows)
+    media = any(row.spans for row in step.rows)
+    return Size(sum(row.count for row in step.rows), len(step.rows), pages, media)
 
 
 @dataclass
@@ -21,12 +46,23 @@ class Scene:
     """Random steps of a few slots, and beside them the plain books of what each slot holds."""
 
     choose: random.Random
-    tables: PageTables = field(default_factory=lambda: PageTables(SLOTS, LONGEST, SIZE))
+    tables: PageTables = field(default_factory=lambda: PageTables(SLOTS, LONGEST, SIZE, CPU))
+    inputs: Inputs = field(init=False)
     pages: dict[tuple[str, int], dict[int, int]] = field(
         default_factory=dict
     )  # (kind, slot) -> entry -> page
     position: dict[int, int] = field(default_factory=dict)
     soft: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = Inputs(self.tables, MOST, torch.full((MOST, 5), float("nan")), CPU)
+
+    def batch(self, step: Step, size: Size) -> Batch:
+        """What the model gets of a step, in whatever state the last one left the memory."""
+        self.tables.enter(step.seats, step.rows)
+        self.inputs.block[self.inputs.last_tokens.numel() :] = -(2**60)
+        self.inputs.fill(step.rows, size, self.soft, draws_of(step))
+        return self.inputs.batch(size)
 
     def step(self, number: int) -> Step:
         rows, seats = [], []
@@ -58,7 +94,8 @@ class Scene:
         self.position[slot] = start + count
         spans = () if decode else self.spans(start, count)
         ids = None if decode else tuple(self.choose.randrange(300) for _ in range(count))
-        return Row(slot, start, count, ids, True, runs["full"], runs["sliding"], spans)
+        samples = decode or self.choose.random() < 0.5
+        return Row(slot, start, count, ids, samples, runs["full"], runs["sliding"], spans)
 
     def spans(self, start: int, count: int) -> tuple[MediaSpan, ...]:
         """Pictures within the chunk, some of them without text between, and audio, which chunks may cut."""
@@ -78,7 +115,7 @@ class Scene:
         return tuple(found)
 
 
-def check(scene: Scene, step: Step, batch: Batch, last: torch.Tensor) -> None:
+def check(scene: Scene, step: Step, batch: Batch, last: torch.Tensor, total: int | None = None) -> None:
     at = 0
     assert batch.query_start[0] == 0
     for i, row in enumerate(step.rows):
@@ -86,8 +123,8 @@ def check(scene: Scene, step: Step, batch: Batch, last: torch.Tensor) -> None:
         assert batch.seq_lens[i] == row.start + row.count
         for kind, paged in (("full", batch.full), ("sliding", batch.sliding)):
             entries = scene.pages[kind, row.slot]
-            for entry in range(paged.table.shape[1]):
-                assert paged.table[i, entry] == entries.get(entry, -1)
+            for entry, page in entries.items():  # the others are not read
+                assert entry >= paged.table.shape[1] or paged.table[i, entry] == page
             assert paged.table.shape[1] >= -(-(row.start + row.count) // SIZE)
         blocks: dict[int, tuple[int, int]] = {}
         places: dict[int, torch.Tensor] = {}
@@ -120,7 +157,7 @@ def check(scene: Scene, step: Step, batch: Batch, last: torch.Tensor) -> None:
             else:
                 assert batch.soft_rows[token] == -1
         at += row.count
-    assert len(batch.token_ids) == at
+    assert at == (len(batch.token_ids) if total is None else total)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -128,12 +165,53 @@ def test_a_batch_is_what_the_step_says(seed: int) -> None:
     scene = Scene(random.Random(seed))
     for number in range(20):
         step = scene.step(number)
-        for seat in step.seats:
-            scene.tables.seat(seat)
-        for row in step.rows:
-            scene.tables.extend(row)
         last = torch.randint(0, 300, (SLOTS,), generator=torch.Generator().manual_seed(number))
-        check(scene, step, build(step, scene.tables, scene.soft, last, CPU), last)  # type: ignore[arg-type]
+        scene.inputs.last_tokens[:SLOTS] = last
+        check(scene, step, scene.batch(step, exact(step)), last)
+        check_draws(scene, step, len(draws_of(step).slots))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_padding_is_empty_and_changes_nothing(seed: int) -> None:
+    """The same steps with room for more tokens and rows: what is theirs is theirs, the rest is empty."""
+    scene = Scene(random.Random(seed))
+    for number in range(20):
+        step = scene.step(number)
+        last = torch.randint(0, 300, (SLOTS,), generator=torch.Generator().manual_seed(number))
+        scene.inputs.last_tokens[:SLOTS] = last
+        total, rows = exact(step).tokens, len(step.rows)
+        size = Size(total + number, SLOTS + number % 2, scene.tables.width, scene.inputs.soft.numel() > 0)
+        batch = scene.batch(step, size)
+        assert batch.token_ids.shape == batch.positions.shape == (size.tokens,)
+        assert batch.seq_lens.shape == batch.full.table.shape[:1] == (size.rows,)
+        assert batch.query_start.tolist()[rows:] == [total] * (size.rows + 1 - rows)
+        assert not batch.seq_lens[rows:].any()
+        for padding in (batch.token_ids, batch.positions):
+            assert not padding[total:].any()
+        assert batch.spans is not None
+        assert batch.soft_rows is not None
+        assert not batch.spans[total:].any()
+        for padding in (batch.full.slots, batch.sliding.slots, batch.soft_rows):
+            assert (padding[total:] == -1).all()
+        check(scene, step, batch, last, total)
+        check_draws(scene, step, SLOTS)
+
+
+def check_draws(scene: Scene, step: Step, count: int) -> None:
+    """Every row that samples has its own numbers; the others are greedy, and go to the slot of nobody."""
+    got, ends = scene.inputs.draws(count), scene.inputs.ends(count)
+    stops = np.cumsum([row.count for row in step.rows])
+    expected = [(stop - 1, row.slot) for stop, row in zip(stops, step.rows, strict=True) if row.samples]
+    for i, (end, slot) in enumerate(expected):
+        assert (ends[i], got.slots[i]) == (end, slot)
+        assert got.temperature[i] == (slot + 1) / 2
+        assert got.top_p[i] == (slot + 1) / 4
+        assert got.min_p[i] == (slot + 1) / 8
+        assert got.uniform[i] == (slot + 1) / 16
+        assert got.top_k[i] == (slot + 1) * 3
+    assert (got.slots[len(expected) :] == SLOTS).all()
+    assert not got.temperature[len(expected) :].any()
+    assert not ends[len(expected) :].any()
 
 
 def test_the_scenes_hold_what_they_are_for() -> None:
@@ -151,9 +229,16 @@ def test_the_scenes_hold_what_they_are_for() -> None:
 
 
 def test_a_position_without_a_page_is_not_written() -> None:
-    tables = PageTables(2, LONGEST, SIZE)
-    row = Row(1, 4, 8, (5,) * 8, False, PageRun(1, (7, 3)), PageRun(2, (9,)))
-    tables.extend(row)
-    batch = build(Step(0, (row,)), tables, {}, torch.zeros(2, dtype=torch.int64), CPU)  # type: ignore[arg-type]
+    scene = Scene(random.Random(0))
+    step = Step(0, (Row(1, 4, 8, (5,) * 8, False, PageRun(1, (7, 3)), PageRun(2, (9,))),))
+    batch = scene.batch(step, exact(step))
     assert batch.full.slots.tolist() == [28, 29, 30, 31, 12, 13, 14, 15]
     assert batch.sliding.slots.tolist() == [-1, -1, -1, -1, 36, 37, 38, 39]
+
+
+def test_a_step_that_does_not_fit_is_a_mistake_of_ours() -> None:
+    scene = Scene(random.Random(0))
+    step = Step(0, (Row(1, 0, 8, (5,) * 8, False, PageRun(0, (7, 3)), PageRun(0, (9, 1))),))
+    for size in (Size(7, 1, 2, False), Size(MOST + 1, 1, 2, False), Size(8, SLOTS + 2, 2, False)):
+        with pytest.raises(AssertionError, match="do not fit"):
+            scene.batch(step, size)
