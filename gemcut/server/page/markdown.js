@@ -237,6 +237,7 @@ class Inline {
     this.root = document.createDocumentFragment();
     this.delimiters = [];
     this.plain = "";
+    this.absent = new Set();
     this.at = 0;
   }
 
@@ -256,6 +257,14 @@ class Inline {
   flush() {
     if (this.plain) this.root.append(this.plain);
     this.plain = "";
+  }
+
+  /** Where a mark comes next, -1 if nowhere. What is not there is looked for once. */
+  find(mark, from) {
+    if (this.absent.has(mark)) return -1;
+    const at = this.text.indexOf(mark, from);
+    if (at < 0) this.absent.add(mark);
+    return at;
   }
 
   put(node, end) {
@@ -283,7 +292,7 @@ class Inline {
   backslash() {
     const next = this.text[this.at + 1];
     if (next === "(" || next === "[") {
-      const end = this.text.indexOf(next === "(" ? "\\)" : "\\]", this.at + 2);
+      const end = this.find(next === "(" ? "\\)" : "\\]", this.at + 2);
       if (end >= 0) return this.put(formulaNode(this.text.slice(this.at + 2, end).trim(), next === "["), end + 2);
     }
     if (next === "\n") return this.put(h("br"), this.at + 2);
@@ -311,7 +320,7 @@ class Inline {
   dollar() {
     const marks = this.text[this.at + 1] === "$" ? "$$" : "$";
     const begin = this.at + marks.length;
-    const end = this.text.indexOf(marks, begin);
+    const end = this.find(marks, begin);
     const tex = end < 0 ? "" : this.text.slice(begin, end);
     // "$5 and $6" is money
     const isFormula = marks === "$$" ? tex.trim() !== "" : tex !== "" && tex.trim() === tex && !tex.includes("\n\n") && !/\d/.test(this.text[end + 1] ?? "");

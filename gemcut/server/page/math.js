@@ -127,7 +127,7 @@ class Parser {
     if (rows.length === 1 && rows[0].length === 1) return m("mrow", {}, ...rows[0][0]);
     if (rows.length > 1 && rows[rows.length - 1].every((cell) => cell.length === 0)) rows.pop();
     const cells = (row) => row.map((cell, i) => m("mtd", { class: align === "pairs" ? (i % 2 ? "left" : "right") : align }, ...cell));
-    return m("mtable", {}, ...rows.map((row) => m("mtr", {}, ...cells(row))));
+    return m("mtable", align === "pairs" ? { displaystyle: "true" } : {}, ...rows.map((row) => m("mtr", {}, ...cells(row))));
   }
 
   /** One thing with what stands above and below it; nothing for what is not shown. */
@@ -219,7 +219,9 @@ class Parser {
       return m("mo", { largeop: "true", "data-under": under ? "yes" : "no" }, BIG[name]);
     }
     if (FUNCTIONS.has(name)) {
-      return m("mi", { "data-under": this.display && UNDER.has(name) ? "yes" : "no" }, name);
+      const space = /^(\(|\[|\\left)$/.test(this.peek() ?? "") ? "0" : "0.167em";
+      const under = this.display && UNDER.has(name) ? "yes" : "no";
+      return m("mo", { form: "prefix", lspace: "0", rspace: space, movablelimits: "false", "data-under": under }, name);
     }
     if (Object.hasOwn(SPACES, name)) return m("mspace", { width: SPACES[name] });
     if (IGNORED.has(name)) return null;
