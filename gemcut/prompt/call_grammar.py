@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gemcut.data import Text
 from gemcut.errors import InvalidRequest
@@ -64,20 +64,24 @@ def call_grammar(
     tools: Sequence[CalledTool],
     control_id: Callable[[str], int],
     *,
-    otherwise: Mapping[str, Any] | None = None,
+    otherwise: Mapping[str, Any] | Literal["text"] | None = None,
 ) -> str:
     """Lark text of one call or several of these tools, with `<|tool_response>` to end them.
 
-    otherwise: a JSON schema; the model may write JSON of it instead. Raises InvalidRequest naming the keyword
-    or name that cannot be honoured.
+    otherwise: what the model may write if it does not call: JSON of a schema, or text, which may also precede
+    the calls. None: nothing. Raises InvalidRequest naming the keyword or name that cannot be honoured.
     """
     rules = _Rules(control_id)
     calls = [rules.call(tool) for tool in tools]
     opening, closing, end = map(rules.control, ("<|tool_call>", "<tool_call|>", "<|tool_response>"))
-    start = [f"start: call+ {end}{'' if otherwise is None else ' | json'}"]
-    if otherwise is not None:
+    if otherwise is None:
+        start = [f"start: call+ {end}"]
+    elif otherwise == "text":
+        start = [f"start: TEXT? call+ {end} | TEXT"]
+    else:
         options = {"lenient": False, "whitespace_pattern": WHITESPACE}
-        start.append("json: %json " + json.dumps({**otherwise, "x-guidance": options}, ensure_ascii=False))
+        schema = json.dumps({**otherwise, "x-guidance": options}, ensure_ascii=False)
+        start = [f"start: call+ {end} | json", f"json: %json {schema}"]
     start.append(f"call: {opening} ({' | '.join(calls)}) {closing}")
     return "\n".join([*start, *rules.lines, _TERMINALS])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,11 @@ LOW_DETAIL = 70  # soft tokens; OpenAI's own low detail costs 85
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """A chat to be rendered. image_tokens: budget of each picture that names no detail of its own."""
+    """A chat to be rendered.
+
+    image_tokens: budget of each picture that names no detail of its own. places: what the request calls the
+    messages, for errors; None if they are its `messages`.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
@@ -44,6 +49,7 @@ class Conversation:
     preserve_thinking: bool = False
     add_generation_prompt: bool = True
     image_tokens: int | None = None
+    places: Sequence[str] | None = None
 
 
 class Answerer:
@@ -71,24 +77,13 @@ class Answerer:
 
     async def chat_prompt(self, chat: Conversation) -> ChatPrompt:
         """Render a conversation and load its pictures. Raises InvalidRequest naming the message part."""
-        parts = await self.in_thread(lambda: media_parts(chat.messages))
-        if len(parts) > self.config.max_images:
-            raise InvalidRequest(
-                f"The request has {len(parts)} pictures; at most {self.config.max_images} are taken.",
-                parts[self.config.max_images].param,
-            )
-        pictures = await self._pictures(parts, chat.image_tokens)
-        return await self.in_thread(
-            lambda: self.files.chat_prompt(
-                chat.messages,
-                tools=chat.tools or None,
-                enable_thinking=chat.enable_thinking,
-                preserve_thinking=chat.preserve_thinking,
-                add_generation_prompt=chat.add_generation_prompt,
-                image_tokens=chat.image_tokens,
-                load_media=lambda _parts, _budget: pictures,
-            )
-        )
+        try:
+            return await self._chat_prompt(chat)
+        except InvalidRequest as error:
+            if chat.places is None:
+                raise
+            param = None if error.param is None else _renamed(error.param, chat.places)
+            raise InvalidRequest(_renamed(str(error), chat.places), param) from error
 
     async def raw_prompt(self, prompt: str | Sequence[int]) -> ChatPrompt:
         """A prompt without a template."""
@@ -160,6 +155,26 @@ class Answerer:
             return max(fits, default=LOW_DETAIL)
         return self.files.image_tokens if default is None else default
 
+    async def _chat_prompt(self, chat: Conversation) -> ChatPrompt:
+        parts = await self.in_thread(lambda: media_parts(chat.messages))
+        if len(parts) > self.config.max_images:
+            raise InvalidRequest(
+                f"The request has {len(parts)} pictures; at most {self.config.max_images} are taken.",
+                parts[self.config.max_images].param,
+            )
+        pictures = await self._pictures(parts, chat.image_tokens)
+        return await self.in_thread(
+            lambda: self.files.chat_prompt(
+                chat.messages,
+                tools=chat.tools or None,
+                enable_thinking=chat.enable_thinking,
+                preserve_thinking=chat.preserve_thinking,
+                add_generation_prompt=chat.add_generation_prompt,
+                image_tokens=chat.image_tokens,
+                load_media=lambda _parts, _budget: pictures,
+            )
+        )
+
     async def _pictures(self, parts: Sequence[MediaPart], image_tokens: int | None) -> list[ImagePatches]:
         if not parts:
             return []
@@ -196,6 +211,14 @@ class Answerer:
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do what may take long beside the loop, which goes on serving streams."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _renamed(text: str, places: Sequence[str]) -> str:
+    def place(found: re.Match[str]) -> str:
+        at = int(found[1])
+        return places[at] if at < len(places) else found[0]
+
+    return re.sub(r"messages\[(\d+)\]", place, text)
 
 
 def check_complete(output: RequestOutput) -> None:

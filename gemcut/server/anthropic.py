@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -152,15 +151,15 @@ async def prompt_of(answerer: Answerer, request: CountRequest) -> ChatPrompt:
         raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages.", "messages")
     if len(request.tools or ()) > MAX_TOOLS:
         raise InvalidRequest(f"tools holds more than {MAX_TOOLS} tools.", "tools")
-    messages, numbers = _conversation(request)
-    thinks = isinstance(request.thinking, ThinkingOn | ThinkingAdaptive)
-    tools = [] if tool_choice(request).hidden else [_tool(tool) for tool in request.tools or ()]
-    try:
-        return await answerer.chat_prompt(
-            Conversation(messages=messages, tools=tools, enable_thinking=thinks)
+    messages, places = _conversation(request)
+    return await answerer.chat_prompt(
+        Conversation(
+            messages=messages,
+            tools=[] if tool_choice(request).hidden else [_tool(tool) for tool in request.tools or ()],
+            enable_thinking=isinstance(request.thinking, ThinkingOn | ThinkingAdaptive),
+            places=places,
         )
-    except InvalidRequest as error:
-        raise InvalidRequest(_renumbered(str(error), numbers), error.param) from error
+    )
 
 
 async def messages_job(answerer: Answerer, request: MessagesRequest, salt: bytes) -> Job:
@@ -170,7 +169,7 @@ async def messages_job(answerer: Answerer, request: MessagesRequest, salt: bytes
     output = None if request.output_config is None else request.output_config.format
     asked = None if output is None else StructuredOutputs(json_schema=output.schema)
     tools = [_tool(tool) for tool in request.tools or ()]
-    form = await answerer.in_thread(lambda: choice.form(answerer.files, tools, asked, "input_schema"))
+    form = await answerer.in_thread(lambda: choice.form(answerer.files, tools, asked, schemas="input_schema"))
     params = SamplingParams(
         max_tokens=request.max_tokens,
         temperature=request.temperature,
@@ -190,24 +189,24 @@ def tool_choice(request: CountRequest) -> ToolChoice:
         return ToolChoice(hidden=choice is not None)
     return ToolChoice(
         forced=not isinstance(choice, AutoChoice),
-        only=choice.name if isinstance(choice, ToolNamed) else None,
+        only=(choice.name,) if isinstance(choice, ToolNamed) else None,
         single=bool(choice.disable_parallel_tool_use),
     )
 
 
-def _conversation(request: CountRequest) -> tuple[list[dict[str, Any]], list[int]]:
-    """Messages as the template reads them, and for each the number of the client's message."""
+def _conversation(request: CountRequest) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages as the template reads them, and for each its place in the request."""
     messages: list[dict[str, Any]] = []
-    numbers: list[int] = []
+    places: list[str] = []
     if request.system is not None:
         content = request.system if isinstance(request.system, str) else _parts(request.system)
         messages.append({"role": "system", "content": content})
-        numbers.append(-1)
+        places.append("system")
     for number, message in enumerate(request.messages):
         made = [_assistant(message)] if message.role == "assistant" else _user(message)
         messages += made
-        numbers += [number] * len(made)
-    return messages, numbers
+        places += [f"messages[{number}]"] * len(made)
+    return messages, places
 
 
 def _user(message: Message) -> list[dict[str, Any]]:
@@ -267,16 +266,6 @@ def _tool(tool: ToolSpec) -> dict[str, Any]:
     if tool.description is not None:
         function["description"] = tool.description
     return {"type": "function", "function": function}
-
-
-def _renumbered(text: str, numbers: Sequence[int]) -> str:
-    def number(found: re.Match[str]) -> str:
-        at = int(found[1])
-        if at >= len(numbers):
-            return found[0]
-        return "system" if numbers[at] < 0 else f"messages[{numbers[at]}]"
-
-    return re.sub(r"messages\[(\d+)\]", number, text)
 
 
 class MessageWriter:

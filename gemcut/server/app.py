@@ -19,7 +19,7 @@ from gemcut.engine.loop import Job
 from gemcut.errors import GemcutError, InvalidRequest, NotFound
 from gemcut.outputs import RequestOutput
 from gemcut.sampling import SamplingParams
-from gemcut.server import anthropic, chat, completions, metrics, openapi, pages, protocol
+from gemcut.server import anthropic, chat, completions, metrics, openapi, pages, protocol, responses
 from gemcut.server.answerer import Answerer
 from gemcut.server.door import Door, Keys, check_host, cors_headers
 from gemcut.server.errors import (
@@ -32,7 +32,8 @@ from gemcut.server.errors import (
     status_of,
 )
 from gemcut.server.exchange import ClientGone, Exchange, Receive, Scope, Send
-from gemcut.server.stream import event
+from gemcut.server.response_writer import ResponseWriter
+from gemcut.server.stream import event, named_event
 
 log = logging.getLogger("gemcut.server")
 
@@ -65,6 +66,7 @@ class App:
         self._created = int(time.time())
         self._chat = protocol.Reader(protocol.ChatRequest)
         self._completion = protocol.Reader(protocol.CompletionRequest)
+        self._responses = protocol.Reader(responses.ResponsesRequest)
         self._messages = protocol.Reader(anthropic.MessagesRequest)
         self._count = protocol.Reader(anthropic.CountRequest)
         self._tokenize = protocol.Reader(protocol.TokenizeRequest)
@@ -79,6 +81,7 @@ class App:
             "/v1/models": Route("GET", self.models),
             "/v1/chat/completions": Route("POST", self.chat, needs_engine=True),
             "/v1/completions": Route("POST", self.completions, needs_engine=True),
+            "/v1/responses": Route("POST", self.responses, needs_engine=True),
             "/v1/messages": Route("POST", self.messages, needs_engine=True),
             "/v1/messages/count_tokens": Route("POST", self.count_tokens),
             "/tokenize": Route("POST", self.tokenize),
@@ -158,7 +161,8 @@ class App:
         with contextlib.suppress(ClientGone):
             if exchange.has_begun:
                 # within a stream: an event, and no [DONE]
-                await exchange.events(b"event: error\n" * is_anthropic + event(payload))
+                broken = exchange.broken(error) if exchange.broken else event(payload)
+                await exchange.events(broken)
                 await exchange.end_events()
                 exchange.record.fields["broken_off"] = True
                 return
@@ -297,6 +301,33 @@ class App:
                 note_output(exchange, output)
             await exchange.bytes(writer.whole(outputs), b"application/json")
 
+    async def responses(self, exchange: Exchange, body: bytes) -> None:
+        """OpenAI's responses."""
+        request: responses.ResponsesRequest = self._responses.read(body)
+        self._check_model(request.model)
+        salt = self.keys.salt(exchange.record.key, request.cache_salt)
+        try:
+            await self._respond(exchange, request, salt)
+        except InvalidRequest as error:
+            if (error.param or "").startswith("structured_outputs") and request.structured_outputs is None:
+                # by the name that the client knows
+                error.param = (
+                    "tools" if request.text is None or request.text.format is None else "text.format"
+                )
+            raise
+
+    async def _respond(self, exchange: Exchange, request: responses.ResponsesRequest, salt: bytes) -> None:
+        job = await responses.responses_job(self.answerer, request, salt)
+        writer = ResponseWriter(self.answerer, request, job)
+        if request.stream:
+            exchange.broken = writer.failed
+            note = self._noting(exchange, [job])
+            await send_events(exchange, writer.events(note(self.answerer.stream(job))))
+        else:
+            output = await self.answerer.whole(job)
+            note_output(exchange, output)
+            await exchange.bytes(writer.whole(output), b"application/json")
+
     async def messages(self, exchange: Exchange, body: bytes) -> None:
         """Anthropic's messages."""
         request: anthropic.MessagesRequest = self._messages.read(body)
@@ -305,6 +336,7 @@ class App:
         job = await anthropic.messages_job(self.answerer, request, salt)
         writer = anthropic.MessageWriter(self.answerer, request, job)
         if request.stream:
+            exchange.broken = lambda error: named_event("error", anthropic_error(error))
             note = self._noting(exchange, [job])
             await send_events(exchange, writer.events(note(self.answerer.stream(job))))
         else:

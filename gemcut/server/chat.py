@@ -44,7 +44,10 @@ async def chat_job(answerer: Answerer, request: ChatRequest, salt: bytes) -> Job
     choice = tool_choice(request)
     tools = protocol.tools_of(request.tools)
     asked = protocol.structure(request)
-    form = await answerer.in_thread(lambda: choice.form(answerer.files, tools, asked, "function.parameters"))
+    strict = [tool.function.name for tool in request.tools or () if tool.function.strict]
+    form = await answerer.in_thread(
+        lambda: choice.form(answerer.files, tools, asked, strict=strict, schemas="function.parameters")
+    )
     params = protocol.chat_sampling(
         request, structured_outputs=form, stop_ids=choice.stop_ids(answerer.files)
     )
@@ -56,15 +59,15 @@ async def chat_job(answerer: Answerer, request: ChatRequest, salt: bytes) -> Job
 
 def tool_choice(request: ChatRequest) -> ToolChoice:
     """What a request says of calls."""
-    choice = request.tool_choice
-    named = choice.function.name if isinstance(choice, protocol.NamedTool) else None
-    return ToolChoice(
-        # what the model does not know it cannot call
-        hidden=choice == "none",
-        forced=choice == "required" or named is not None,
-        only=named,
-        single=request.parallel_tool_calls is False,
-    )
+    choice, single = request.tool_choice, request.parallel_tool_calls is False
+    if isinstance(choice, protocol.NamedTool):
+        return ToolChoice(forced=True, only=(choice.function.name,), single=single)
+    if isinstance(choice, protocol.AllowedTools):
+        allowed = choice.allowed_tools
+        names = tuple(tool.function.name for tool in allowed.tools)
+        return ToolChoice(forced=allowed.mode == "required", only=names, single=single)
+    # what the model does not know it cannot call
+    return ToolChoice(hidden=choice == "none", forced=choice == "required", single=single)
 
 
 class ChatWriter:

@@ -138,8 +138,8 @@ _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*?)`)?$", 
 _FIELD = re.compile(r"^Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
 
 
-def schema_error(error: Exception) -> InvalidRequest:
-    """A body that is no JSON or breaks the schema, with the field named."""
+def schema_error(error: Exception, within: str = "") -> InvalidRequest:
+    """A body that is no JSON or breaks the schema, with the field named. within: the part that was read."""
     if isinstance(error, RecursionError):
         return InvalidRequest("The body is nested too deeply.")
     if not isinstance(error, msgspec.ValidationError):
@@ -147,6 +147,7 @@ def schema_error(error: Exception) -> InvalidRequest:
     found = _AT.match(str(error))
     assert found is not None, "every text matches"
     what, path = found["what"], found["path"] or ""
+    path = f"{within}{'.' if within and path and path[0] != '[' else ''}{path}"
     if (field := _FIELD.match(what)) is not None:
         param = f"{path}.{field['name']}" if path else field["name"]
         if field["how"] == "missing required":

@@ -64,6 +64,8 @@ class Exchange:
         if _PLAIN_ID.fullmatch(given):
             self.record.fields["client_request_id"] = given.decode()
         self.body_is_read = False
+        # the event that ends a stream which failed, if the interface has one of its own
+        self.broken: Callable[[BaseException], bytes] | None = None
 
     @property
     def has_begun(self) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 
 import gemcut
-from gemcut.server import anthropic, protocol
+from gemcut.server import anthropic, protocol, responses
 
 BODIES: dict[str, type] = {
     "/v1/chat/completions": protocol.ChatRequest,
     "/v1/completions": protocol.CompletionRequest,
+    "/v1/responses": responses.ResponsesRequest,
     "/v1/messages": anthropic.MessagesRequest,
     "/v1/messages/count_tokens": anthropic.CountRequest,
     "/tokenize": protocol.TokenizeRequest,

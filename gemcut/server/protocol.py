@@ -114,7 +114,7 @@ class FunctionSpec(Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     response: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Strict):
@@ -126,9 +126,17 @@ class FunctionName(Strict):
     name: str
 
 
-class NamedTool(Strict):
+class NamedTool(Strict, tag_field="type", tag="function"):
     function: FunctionName
-    type: Literal["function"] = "function"
+
+
+class NamedTools(Strict):
+    tools: list[NamedTool]
+    mode: Literal["auto", "required"]
+
+
+class AllowedTools(Strict, tag_field="type", tag="allowed_tools"):
+    allowed_tools: NamedTools
 
 
 class JsonSchema(Strict):
@@ -219,7 +227,7 @@ class ChatRequest(Common, kw_only=True):
     max_completion_tokens: int | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -383,11 +391,14 @@ def _message(message: ChatMessage, at: str) -> dict[str, Any]:
     plain.pop("malformed_tool_calls", None)
     for k, call in enumerate(plain.get("tool_calls", ())):
         function = call["function"]
-        function["arguments"] = _arguments(function["arguments"], f"{at}.tool_calls[{k}].function.arguments")
+        function["arguments"] = arguments_of(
+            function["arguments"], f"{at}.tool_calls[{k}].function.arguments"
+        )
     return plain
 
 
-def _arguments(arguments: str | dict[str, Any] | None, at: str) -> dict[str, Any]:
+def arguments_of(arguments: str | dict[str, Any] | None, at: str) -> dict[str, Any]:
+    """The arguments of a call. Raises InvalidRequest, with the place, for text that is no JSON object."""
     if not isinstance(arguments, str):
         return arguments or {}
     if not arguments.strip():

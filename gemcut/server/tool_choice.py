@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ class ToolChoice:
     """What a request says of calls.
 
     hidden: the tools are kept from the model, so that it calls none. forced: the answer is calls and nothing
-    else (a thought may precede them). only: the one tool that is called then, None for any. single: one call
-    at most.
+    else (a thought may precede them). only: names of the tools that may be called, None for all. single: one
+    call at most.
     """
 
     hidden: bool = False
     forced: bool = False
-    only: str | None = None
+    only: tuple[str, ...] | None = None
     single: bool = False
 
     def stop_ids(self, files: ModelFiles) -> tuple[int, ...]:
@@ -37,45 +37,57 @@ class ToolChoice:
         files: ModelFiles,
         tools: Sequence[Mapping[str, Any]],
         asked: StructuredOutputs | None,
+        *,
+        strict: Collection[str] = (),
         schemas: str,
     ) -> StructuredOutputs | None:
         """The form of the answer: what the request asked for, or one that has room for calls.
 
-        tools: as the template reads them. schemas: where a tool of the request has its parameters. Raises
+        tools: as the template reads them. strict: names of those whose arguments must fit their schema even
+        if no call is forced. schemas: where a tool of the request has its parameters, for errors. Raises
         InvalidRequest if a call cannot be forced, or the form leaves no room for one.
         """
-        if self.hidden or not (tools or self.forced):
+        if self.hidden or not (tools or self.forced or self.only):
             return asked
-        if self.forced:
-            if asked is not None:
-                raise InvalidRequest(
-                    "tool_choice asks for a call, which leaves no room for a form of the answer.",
-                    "tool_choice",
-                )
-            called = self._called(tools, schemas)
-            return StructuredOutputs(grammar=call_grammar(called, files.tokenizer.control_id))
-        if asked is None:
-            return None
-        kind, text = asked.source()
-        if kind not in ("json_schema", "json_object"):
+        if self.forced and asked is not None:
             raise InvalidRequest(
-                f"The model may call tools, which {kind} leaves no room for. Send tool_choice: none.",
-                f"structured_outputs.{kind}",
+                "tool_choice asks for a call, which leaves no room for a form of the answer.", "tool_choice"
             )
-        called = self._called(tools, schemas)
-        otherwise = msgspec.json.decode(text)
+        if asked is None and not (self.forced or strict or self.only):
+            return None
+        called = self._called(tools, strict, schemas)
+        otherwise = None if self.forced else "text" if asked is None else _schema(asked)
         return StructuredOutputs(
             grammar=call_grammar(called, files.tokenizer.control_id, otherwise=otherwise)
         )
 
-    def _called(self, tools: Sequence[Mapping[str, Any]], schemas: str) -> list[CalledTool]:
-        functions = [tool["function"] for tool in tools]
-        called = [
-            CalledTool(function["name"], function.get("parameters"), f"tools[{i}].{schemas}")
-            for i, function in enumerate(functions)
-            if self.only in (None, function["name"])
-        ]
+    def _called(
+        self, tools: Sequence[Mapping[str, Any]], strict: Collection[str], schemas: str
+    ) -> list[CalledTool]:
+        known = {tool["function"]["name"] for tool in tools}
+        for name in self.only or ():
+            if name not in known:
+                raise InvalidRequest(
+                    f"tool_choice names {name[:80]!r}, which is none of the tools.", "tool_choice"
+                )
+        called = []
+        for i, tool in enumerate(tools):
+            function = tool["function"]
+            name, parameters = function["name"], function.get("parameters")
+            if self.only is None or name in self.only:
+                fits = self.forced or name in strict
+                called.append(CalledTool(name, parameters if fits else {}, f"tools[{i}].{schemas}"))
         if not called:
-            what = "there are no tools" if not tools else f"there is no tool {(self.only or '')[:80]!r}"
-            raise InvalidRequest(f"tool_choice asks for a call, and {what}.", "tool_choice")
+            raise InvalidRequest("tool_choice asks for a call, and there are no tools.", "tool_choice")
         return called
+
+
+def _schema(asked: StructuredOutputs) -> Mapping[str, Any]:
+    """The JSON schema of a form. Raises InvalidRequest if it is of another kind."""
+    kind, text = asked.source()
+    if kind not in ("json_schema", "json_object"):
+        raise InvalidRequest(
+            f"The model may call tools, which {kind} leaves no room for. Send tool_choice: none.",
+            f"structured_outputs.{kind}",
+        )
+    return msgspec.json.decode(text)

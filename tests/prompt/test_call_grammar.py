@@ -207,6 +207,27 @@ def test_json_may_come_instead(made):
         assert [state.take(token) for token in ids] == [None] * len(ids)
 
 
+def test_text_may_come_first_or_alone(made):
+    """For a model that may call, and whose calls must fit."""
+    grammars, tokenizer = made
+    lark = call_grammar([tool({"properties": {"a": {"const": 1}}})], tokenizer.control_id, otherwise="text")
+    grammar = grammars.compile(StructuredOutputs(grammar=lark))
+    ends = {tokenizer.control_id("<eos>"), tokenizer.control_id("<turn|>")}
+    opening = tokenizer.control_id("<|tool_call>")
+
+    def admitted(*pieces: str) -> set[int]:
+        state = grammars.begin(grammar)
+        for piece in pieces:
+            ids = [tokenizer.control_id(piece)] if piece[0] == "<" else tokenizer.encode_text(piece)
+            assert [state.take(token) for token in ids] == [None] * len(ids)
+        return set(np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little")).tolist())
+
+    assert opening in admitted()
+    assert not ends & admitted()
+    assert {opening, *ends} <= admitted("It is {call:f")
+    assert admitted("I look.", "<|tool_call>", "call:f{a:") == set(tokenizer.encode_text("1"))
+
+
 def test_null_where_openapi_allows_it(made):
     walker = Walker(made, tool({"properties": {"a": {"const": 1, "nullable": True}}, "required": ["a"]}))
     replies = [walker.reply(seed) for seed in range(8)]

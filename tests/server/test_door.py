@@ -34,6 +34,9 @@ GET = (
 POST: dict[str, Any] = {
     "/v1/chat/completions": chat_body("hello"),
     "/v1/completions": {"prompt": "script:hello"},
+    "/v1/responses": {"input": "script:hello"},
+    "/v1/messages": {**chat_body("hello"), "model": "scripted", "max_tokens": 9},
+    "/v1/messages/count_tokens": {**chat_body("hello"), "model": "scripted"},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [5]},
 }
@@ -87,7 +90,8 @@ def test_route_times_key(guarded: Server, headers: dict[str, str], opens: bool) 
             assert reply.status == 200, path
         elif not opens:
             assert reply.status == 401, path
-            assert reply.error["code"] == "invalid_api_key"
+            code = "type" if path.startswith("/v1/messages") else "code"  # Anthropic's errors have no code
+            assert reply.json["error"][code] in ("invalid_api_key", "authentication_error")
             assert reply.headers["www-authenticate"] == "Bearer"
         else:
             assert reply.status == (404 if path in NOWHERE else 200), (path, reply.body)

@@ -270,9 +270,12 @@ def test_a_call_is_forced_on_a_model_that_has_never_seen_one(demo: Server) -> No
 def test_a_model_that_may_call_answers_in_its_form_otherwise(demo: Server) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    strict: list[Any] = [
+        {"type": "function", "function": {**light["function"], "strict": True}} for light in LIGHTS
+    ]
     with client(demo) as api:
         done = api.chat.completions.create(
-            model="gemcut-demo", messages=QUESTION, tools=LIGHTS, response_format=form, temperature=0
+            model="gemcut-demo", messages=QUESTION, tools=strict, response_format=form, temperature=0
         )
     message = done.choices[0].message
     assert all(fits(call) for call in message.tool_calls or ())
@@ -286,12 +289,12 @@ def test_a_model_that_may_call_answers_in_its_form_otherwise(demo: Server) -> No
         (
             {"tool_choice": {"type": "function", "function": {"name": "f"}}},
             "tool_choice",
-            "there are no tools",
+            "is none of the tools",
         ),
         (
             {"tools": WEATHER, "tool_choice": {"type": "function", "function": {"name": "f"}}},
             "tool_choice",
-            "there is no tool 'f'",
+            "names 'f', which is none of the tools",
         ),
         (
             {"tools": WEATHER, "tool_choice": "required", "response_format": {"type": "json_object"}},
