@@ -173,12 +173,13 @@ class AnswerView {
 
   footNodes() {
     const { text, figures, state } = this.message;
-    const nodes = [actionsRow(
-      ...(text ? [copyButton(() => text, "Copy the answer")] : []),
-      iconButton("again", "Answer again", () => this.actions.regenerate(this.message)),
-    )];
-    if (figures && state === "done") nodes.push(figureList(figures));
-    return nodes;
+    return [
+      ...(figures && state === "done" ? [figureList(figures)] : []),
+      actionsRow(
+        ...(text ? [copyButton(() => text, "Copy the answer")] : []),
+        iconButton("again", "Answer again", () => this.actions.regenerate(this.message)),
+      ),
+    ];
   }
 
   resultsForm() {
@@ -201,7 +202,7 @@ function figureList({ tokens, firstS, perSecond, prompt, cached, image, reasonin
   const items = [
     [`${whole.format(tokens)} tokens`, reasoning ? `${whole.format(reasoning)} of them thoughts` : "length of the answer"],
     perSecond && [`${short.format(perSecond)} tok/s`, "speed after the first token"],
-    [`first after ${short.format(firstS)} s`, "time from sending to the first token"],
+    [`first after ${firstS < 1 ? `${Math.round(1000 * firstS)} ms` : `${short.format(firstS)} s`}`, "time from sending to the first token"],
     [`prompt ${whole.format(prompt)}`, image ? `${whole.format(image)} of them pictures` : "tokens of the question and all before it"],
     cached && [`${share} % cached`, `${whole.format(cached)} prompt tokens were known from before`],
   ];
