@@ -39,20 +39,20 @@ ROUNDS = 5
 Chunk, Single, Tile = attention.ChunkConfig, attention.SingleConfig, experts.Config
 CHUNKS = {
     256: (
-        Chunk(128, 32, 256, 8, 5),
-        Chunk(128, 32, 256, 8, 5, one_loop=True),
-        Chunk(128, 32, 256, 8, 7),
+        Chunk(128, 64, 256, 8, 2),
         Chunk(128, 64, 256, 8, 3),
+        Chunk(128, 32, 256, 8, 5),
+        Chunk(64, 32, 256, 4, 2),
         Chunk(64, 32, 256, 4, 3),
         Chunk(64, 32, 256, 4, 5),
     ),
     512: (
+        Chunk(128, 32, 256, 8, 2),
         Chunk(128, 32, 256, 8, 3),
-        Chunk(128, 32, 256, 8, 3, one_loop=True),
-        Chunk(128, 16, 256, 8, 5),
-        Chunk(64, 32, 512, 8, 3),
-        Chunk(64, 32, 512, 8, 3, one_loop=True),
+        Chunk(64, 32, 512, 8, 2),
+        Chunk(64, 32, 256, 4, 2),
         Chunk(64, 32, 256, 4, 3),
+        Chunk(32, 32, 512, 8, 2),
     ),
 }
 SINGLES = {

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 
 
 def row_shape(hidden: int) -> tuple[int, int]:
@@ -56,16 +57,17 @@ def load_row(pointer, columns, mask):
 @triton.jit
 def _add_norm(
     x_ptr, a_ptr, post_ptr, next_ptr, x1_ptr, h_ptr, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * H
     columns = tl.arange(0, BLOCK)
     mask = columns < H
     dtype = x1_ptr.dtype.element_ty
-    a = load_row(a_ptr + start, columns, mask)
-    x = load_row(x_ptr + start, columns, mask)
     post = load_row(post_ptr, columns, mask)
     following = load_row(next_ptr, columns, mask)
+    after_previous(OVERLAP)
+    a = load_row(a_ptr + start, columns, mask)
+    x = load_row(x_ptr + start, columns, mask)
     x1 = rounded(x + rounded(a * rms(a, eps, H) * post, dtype, ROUND), dtype, ROUND)
     tl.store(x1_ptr + start + columns, x1.to(dtype), mask)
     tl.store(h_ptr + start + columns, (x1 * rms(x1, eps, H) * following).to(dtype), mask)
@@ -74,19 +76,20 @@ def _add_norm(
 @triton.jit
 def _add_norm_moe(
     x_ptr, a_ptr, post_ptr, next_ptr, scale_ptr, expert_ptr, x1_ptr, h_ptr, r_ptr, e_ptr, eps, root,
-    H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * H
     columns = tl.arange(0, BLOCK)
     mask = columns < H
     dtype = x1_ptr.dtype.element_ty
-    a = load_row(a_ptr + start, columns, mask)
-    x = load_row(x_ptr + start, columns, mask)
     post = load_row(post_ptr, columns, mask)
     if EARLY:
         following = load_row(next_ptr, columns, mask)
         scale = load_row(scale_ptr, columns, mask)
         expert = load_row(expert_ptr, columns, mask)
+    after_previous(OVERLAP)
+    a = load_row(a_ptr + start, columns, mask)
+    x = load_row(x_ptr + start, columns, mask)
     x1 = rounded(x + rounded(a * rms(a, eps, H) * post, dtype, ROUND), dtype, ROUND)
     tl.store(x1_ptr + start + columns, x1.to(dtype), mask)
     normed = x1 * rms(x1, eps, H)
@@ -114,7 +117,7 @@ def add_norm(
     x1, h = torch.empty_like(x), torch.empty_like(x)
     _add_norm[(count,)](
         x, a, post_weight, next_weight, x1, h, eps,
-        hidden, block, backend.numerics == "reference", num_warps=warps,
+        hidden, block, backend.numerics == "reference", num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return x1, h
 
@@ -138,6 +141,6 @@ def add_norm_moe(
     x1, h, r, e = (torch.empty_like(x) for _ in range(4))
     _add_norm_moe[(count,)](
         x, a, post_weight, next_weight, router_scale, expert_weight, x1, h, r, e, eps, hidden**-0.5,
-        hidden, block, early, backend.numerics == "reference", num_warps=warps,
+        hidden, block, early, backend.numerics == "reference", num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return x1, h, r, e

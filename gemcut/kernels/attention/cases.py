@@ -151,6 +151,14 @@ CASES = (
     case("cached prefix", TINY_SLIDING, Row(11, 75)),
     case("cached prefix", TINY_FULL, Row(11, 75), page_size=64),
     case("mixed", TINY_SLIDING, *MIXED, padding=3),
+    case("mixed, pages smaller than a tile", TINY_SLIDING, *MIXED, padding=3, page_size=8),
+    case(
+        "pictures, pages smaller than a tile",
+        TINY_SLIDING,
+        Row(40, 52, ((13, 22), (24, 50))),
+        spans=True,
+        page_size=8,
+    ),
     case("mixed", TINY_FULL, *MIXED, padding=3),
     case("mixed", WIDE_GROUP, *MIXED),
     case("mixed, padded to many tiles", TINY_FULL, *MIXED, padding=150),
@@ -169,16 +177,18 @@ CASES = (
     case("mixed", FULL, *MIXED, padding=1),
     case("decode", FULL, *DECODE),
     *(
-        case(f"prefill {count}", heads, Row(count, count), full_size=True)
+        case(f"prefill {count}", heads, Row(count, count), page_size=64, full_size=True)
         for heads in (SLIDING_26B, FULL_26B)
         for count in (256, 1024, 8192)
     ),
     *(
-        case("prefill 512 of 4096, twice", heads, Row(512, 4096), Row(512, 4096), full_size=True)
+        case(
+            "prefill 512 of 4096, twice", heads, Row(512, 4096), Row(512, 4096), page_size=64, full_size=True
+        )
         for heads in (SLIDING_26B, FULL_26B)
     ),
     *(
-        case(f"decode {batch}", heads, *[Row(1, 1024)] * batch, full_size=True)
+        case(f"decode {batch}", heads, *[Row(1, 1024)] * batch, page_size=64, full_size=True)
         for heads in (SLIDING_26B, FULL_26B)
         for batch in (1, 8, 32, 64)
     ),

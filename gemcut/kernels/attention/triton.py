@@ -13,12 +13,15 @@ read. Scores never leave the registers; fp32 inside, one rounding at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.softmax import soften
 from gemcut.kernels.tuned import tuned
@@ -148,6 +151,12 @@ def _chunks(
     block_t = config.block_m // (q_heads // kv_heads)
     # every row may end in a tile that is not full, and so may the padding behind the last row
     tiles = triton.cdiv(count, block_t) + min(rows + 1, count)
+    k_tiles = v_tiles = None
+    if page_size % config.block_n == 0 and _copies_tiles(q.device):
+        k_tiles = TensorDescriptor.from_tensor(k_pages.view(-1, kv_heads * head), [config.block_n, head])
+        v_tiles = TensorDescriptor.from_tensor(
+            v_pages.view(-1, kv_heads * head), [config.block_n, config.part]
+        )
     _attend_chunks[(tiles * kv_heads * (head // config.part),)](
         q,
         k_pages,
@@ -160,6 +169,8 @@ def _chunks(
         count,
         rows,
         page_table.shape[1],
+        k_tiles,
+        v_tiles,
         WINDOW=window or 0,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
@@ -174,7 +185,14 @@ def _chunks(
         WIDE=k_pages.numel() >= WIDE_POOL,
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlap(q.device),
     )
+
+
+@cache
+def _copies_tiles(device: torch.device) -> bool:
+    """Whether the copy engine fetches whole tiles: from Hopper on, and in the interpreter."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _singles(
@@ -227,6 +245,7 @@ def _singles(
         WIDE=k_pages.numel() >= WIDE_POOL,
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlap(q.device),
     )
     if splits > 1:
         columns = min(head, SCRATCH_COLUMNS)
@@ -243,6 +262,7 @@ def _singles(
             LANES=triton.next_power_of_2(splits),
             ONLY_SINGLE=only_single,
             num_warps=4 if splits > 16 else 1,
+            **overlap(q.device),
         )
 
 
@@ -295,6 +315,8 @@ def _attend_chunks(
     tokens,
     rows,
     table_width,
+    k_tiles,
+    v_tiles,
     WINDOW: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -307,7 +329,11 @@ def _attend_chunks(
     SKIP_SINGLE: tl.constexpr,
     ONE_LOOP: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    """k_tiles, v_tiles: descriptors of the pools [places, KV heads * head] for the copy engine, where a page
+    holds whole tiles of keys; else None, and every key's place is computed."""
+    after_previous(OVERLAP)
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     BLOCK_T: tl.constexpr = BLOCK_M // GROUP
     PARTS: tl.constexpr = HEAD // PART
@@ -378,18 +404,28 @@ def _attend_chunks(
         edge_tiles = (clear_begin - edge) // BLOCK_N
         diagonal = tl.maximum(clear_begin, clear_end)
         for start in tl.range(clear_begin, clear_end, BLOCK_N):
-            at = _key_rows(start, start, start + BLOCK_N, table, STRIDE, PAGE, BLOCK_N, WIDE)
-            k = tl.load(k_at + at[None, :] + dims[:, None])  # [HEAD, BLOCK_N]
-            scores = tl.dot(q, k, input_precision="ieee")  # the scale is exactly 1.0 (spec 2.1)
-            v = tl.load(v_at + at[:, None] + part_dims[None, :])
+            if k_tiles is not None:
+                place = tl.load(table + start // PAGE) * PAGE + start % PAGE
+                k = k_tiles.load([place, kv_head * HEAD]).T
+                scores = tl.dot(q, k, input_precision="ieee")  # the scale is exactly 1.0 (spec 2.1)
+                v = v_tiles.load([place, kv_head * HEAD + part * PART])
+            else:
+                at = _key_rows(start, start, start + BLOCK_N, table, STRIDE, PAGE, BLOCK_N, WIDE)
+                k = tl.load(k_at + at[None, :] + dims[:, None])  # [HEAD, BLOCK_N]
+                scores = tl.dot(q, k, input_precision="ieee")
+                v = tl.load(v_at + at[:, None] + part_dims[None, :])
             acc, best, total = _absorb(scores, v, acc, best, total)
     tiles = edge_tiles + (tl.maximum(high - diagonal, 0) + BLOCK_N - 1) // BLOCK_N
     for i in tl.range(0, tiles):
         start = tl.where(i < edge_tiles, edge + i * BLOCK_N, diagonal + (i - edge_tiles) * BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
         real = (keys >= low) & (keys < high)
-        at = _key_rows(start, low, high, table, STRIDE, PAGE, BLOCK_N, WIDE)
-        k = tl.load(k_at + at[None, :] + dims[:, None], mask=real[None, :], other=0.0)
+        if k_tiles is not None:
+            place = tl.load(table + start // PAGE) * PAGE + start % PAGE
+            k = k_tiles.load([place, kv_head * HEAD]).T
+        else:
+            at = _key_rows(start, low, high, table, STRIDE, PAGE, BLOCK_N, WIDE)
+            k = tl.load(k_at + at[None, :] + dims[:, None], mask=real[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         seen = keys[None, :] <= position[:, None]
         if span_ptr is not None:
@@ -398,7 +434,11 @@ def _attend_chunks(
             seen = seen & (keys[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen & real[None, :], scores, float("-inf"))
         # a slot that holds no key may hold NaN, and 0 * NaN is NaN
-        v = tl.load(v_at + at[:, None] + part_dims[None, :], mask=real[:, None], other=0.0)
+        if k_tiles is not None:
+            v = v_tiles.load([place, kv_head * HEAD + part * PART])
+            v = tl.where(real[:, None], v, 0.0)
+        else:
+            v = tl.load(v_at + at[:, None] + part_dims[None, :], mask=real[:, None], other=0.0)
         acc, best, total = _absorb(scores, v, acc, best, total)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: pairs behind the row's end
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
@@ -429,12 +469,14 @@ def _attend_single(
     ALONE: tl.constexpr,
     ONLY_SINGLE: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """All query heads of a KV head of one query, over one of `splits` equal shares of the keys it sees.
 
     ONLY_SINGLE: rows with another number of queries belong to the kernel for chunks. Otherwise the step
     has as many tokens as rows, nearly always one each; a row with more takes them in turn.
     """
+    after_previous(OVERLAP)
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     STRIDE: tl.constexpr = KV_HEADS * HEAD
     kv_head = tl.program_id(0) % KV_HEADS
@@ -517,8 +559,10 @@ def _combine(
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
     ONLY_SINGLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The shares of one query head's keys become its output: COLUMNS of it a program."""
+    after_previous(OVERLAP)
     PARTS: tl.constexpr = HEAD // COLUMNS
     columns = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
     head = tl.program_id(0) // PARTS % Q_HEADS

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from gemcut.kernels.add_norm.triton import load_row, rms, rounded, row_shape
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 
 
 @triton.jit
@@ -29,15 +30,16 @@ def _close(
 @triton.jit
 def _close_layer(
     x_ptr, d_ptr, post_ptr, scalar_ptr, next_ptr, x_out_ptr, h_ptr, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * H
     columns = tl.arange(0, BLOCK)
     mask = columns < H
     dtype = x_out_ptr.dtype.element_ty
+    post = load_row(post_ptr, columns, mask)
+    after_previous(OVERLAP)
     d = load_row(d_ptr + start, columns, mask)
     x = load_row(x_ptr + start, columns, mask)
-    post = load_row(post_ptr, columns, mask)
     y = rounded(d * rms(d, eps, H) * post, dtype, ROUND)
     _close(x, y, scalar_ptr, next_ptr, x_out_ptr, h_ptr, start, columns, mask, eps, H, ROUND)
 
@@ -46,13 +48,14 @@ def _close_layer(
 def _close_layer_moe(
     x_ptr, d_ptr, t_ptr, expert_weights_ptr, dense_ptr, moe_ptr, post_ptr, scalar_ptr, next_ptr,
     x_out_ptr, h_ptr, eps,
-    H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = row * H
     columns = tl.arange(0, BLOCK)
     mask = columns < H
     dtype = x_out_ptr.dtype.element_ty
+    after_previous(OVERLAP)
     e = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):  # slots ascending, in fp32 (spec 2.4)
         weight = tl.load(expert_weights_ptr + row * K + k)
@@ -85,7 +88,7 @@ def close_layer(
     x_out, h = torch.empty_like(x), torch.empty_like(x)
     _close_layer[(count,)](
         x, d, post_weight, layer_scalar, next_weight, x_out, h, eps,
-        hidden, block, backend.numerics == "reference", num_warps=warps,
+        hidden, block, backend.numerics == "reference", num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return x_out, h
 
@@ -110,6 +113,6 @@ def close_layer_moe(
     _close_layer_moe[(count,)](
         x, d, t, expert_weights, dense_weight, moe_weight, post_weight, layer_scalar, next_weight,
         x_out, h, eps,
-        hidden, t.shape[1], block, backend.numerics == "reference", num_warps=warps,
+        hidden, t.shape[1], block, backend.numerics == "reference", num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return x_out, h

@@ -13,18 +13,20 @@ import triton.language as tl
 
 from gemcut.kernels.add_norm.triton import load_row, rms, rounded, row_shape
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 
 
 @triton.jit
 def _embed(
     ids_ptr, weight_ptr, soft_ptr, soft_rows_ptr, next_ptr, x_ptr, h_ptr, root, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, SOFT: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, SOFT: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < H
     dtype = x_ptr.dtype.element_ty
     following = load_row(next_ptr, columns, mask)
+    after_previous(OVERLAP)
     source = weight_ptr + tl.load(ids_ptr + row).to(tl.int64) * H
     factor = root
     if SOFT:
@@ -60,5 +62,6 @@ def embed(
     _embed[(count,)](
         token_ids, weight, soft, soft_rows, next_weight, x, h, _root(hidden, weight.dtype), eps,
         hidden, block, soft is not None, backend.numerics == "reference", num_warps=warps,
+        **overlap(weight.device),
     )  # fmt: skip
     return x, h

@@ -19,6 +19,7 @@ import triton.language as tl
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.glu.triton import gelu_tanh
+from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.router.op import Routing
 from gemcut.kernels.tuned import tuned
@@ -125,6 +126,7 @@ def _launch(
         EXPERTS=triton.next_power_of_2(experts),
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlap(x.device),
     )
 
 
@@ -212,7 +214,9 @@ def _grouped(
     THIN: tl.constexpr,
     NARROW: tl.constexpr,
     EXPERTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     STRIP: tl.constexpr = BLOCK_N // 2 if GLU else BLOCK_N
     STRIPS: tl.constexpr = (WIDTH + STRIP - 1) // STRIP
     # all strips of a tile run side by side, then the expert's next tile: its weights stay in L2

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 
 # 4 warps of 8 values a thread: one 16-byte load of gate and of up each; smaller steps fill the chip sooner
 BLOCK = 1024
@@ -26,7 +27,9 @@ def gelu_tanh(x):
 def _glu(
     gate_up_ptr, out_ptr, groups,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask = (group < groups)[:, None]
     row = (group // (WIDTH // GROUP)).to(tl.int64)  # gate_up of a long prefill can pass 2^31 values
@@ -47,6 +50,7 @@ def glu(gate_up: torch.Tensor, *, backend: Backend) -> torch.Tensor:
     group = min(BLOCK, width & -width)
     groups = count * (width // group)
     _glu[(triton.cdiv(groups * group, BLOCK),)](
-        gate_up, out, groups, width, group, BLOCK // group, backend.numerics == "reference", num_warps=4
-    )
+        gate_up, out, groups, width, group, BLOCK // group, backend.numerics == "reference", num_warps=4,
+        **overlap(gate_up.device),
+    )  # fmt: skip
     return out

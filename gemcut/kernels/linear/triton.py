@@ -1,5 +1,9 @@
-"""The dense product with one tile shape for every number of rows: what a row gets does not depend on the
-batch around it. Slower than cuBLAS, which chooses a kernel by shape; only deterministic mode comes here."""
+"""The dense product where cuBLAS is not the best there is.
+
+`linear` has one tile shape for every number of rows: what a row gets does not depend on the batch around it.
+Slower than cuBLAS, which chooses a kernel by shape; only deterministic mode comes here. `single` takes one
+row: it only reads the weight, and asks for it before the kernel that computes the row is over.
+"""
 
 # triton types neither launches nor constants
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
@@ -9,6 +13,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from gemcut.kernels.overlap import after_previous, overlap
+
+SINGLE_N, SINGLE_K = 8, 1024  # 16 KB of weight a program and step: 4 loads of 16 bytes a thread
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,6 +42,60 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         num_stages=3,
     )
     return out
+
+
+def single(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T of one row. x: [1, K]; weight: [N, K]. Returns [1, N]."""
+    outputs, inputs = weight.shape
+    out = x.new_empty(1, outputs)
+    _single[(triton.cdiv(outputs, SINGLE_N),)](
+        x,
+        weight,
+        out,
+        OUTPUTS=outputs,
+        INPUTS=inputs,
+        BLOCK_N=SINGLE_N,
+        BLOCK_K=min(SINGLE_K, triton.next_power_of_2(inputs)),
+        num_warps=4,
+        **overlap(x.device),
+    )
+    return out
+
+
+@triton.jit
+def _weights(weight_at, k, start, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] fp32. Read once a step and by nobody else: they need no place in L2."""
+    if INPUTS - start >= BLOCK_K:
+        weight = tl.load(weight_at + start, eviction_policy="evict_first")
+    else:
+        inside = (k < INPUTS - start)[None, :]
+        weight = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+    return weight.to(tl.float32)
+
+
+@triton.jit
+def _single(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # columns behind the end repeat the last one and are not stored
+    weight_at = weight_ptr + tl.minimum(columns, OUTPUTS - 1).to(tl.int64)[:, None] * INPUTS + k[None, :]
+    weight = _weights(weight_at, k, 0, INPUTS, BLOCK_K)
+    after_previous(OVERLAP)
+    acc = weight * tl.load(x_ptr + k, k < INPUTS, other=0.0).to(tl.float32)[None, :]
+    for start in tl.static_range(BLOCK_K, INPUTS, BLOCK_K):
+        x = tl.load(x_ptr + start + k, k < INPUTS - start, other=0.0).to(tl.float32)
+        acc += _weights(weight_at, k, start, INPUTS, BLOCK_K) * x[None, :]
+    out = tl.sum(acc, 1).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + columns, out, mask=columns < OUTPUTS)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -12,6 +12,7 @@ import triton.language as tl
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.linear.op import linear
+from gemcut.kernels.overlap import after_previous, overlap
 
 BLOCK = 2048  # 8 warps of 8 values a thread
 
@@ -29,8 +30,9 @@ def _tanh(x):
 @triton.jit(do_not_specialize=["count"])
 def _cap(
     z_ptr, out_ptr, count, softcap,
-    V: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    V: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count.to(tl.int64) * V
     dtype = z_ptr.dtype.element_ty
@@ -47,6 +49,6 @@ def logits(h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, back
     count, vocab = z.shape
     _cap[(triton.cdiv(count * vocab, BLOCK),)](
         z, out, count, softcap or 1.0,
-        vocab, softcap is not None, BLOCK, backend.numerics == "reference", num_warps=8,
+        vocab, softcap is not None, BLOCK, backend.numerics == "reference", num_warps=8, **overlap(h.device),
     )  # fmt: skip
     return out

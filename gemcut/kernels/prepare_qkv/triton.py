@@ -17,6 +17,7 @@ import triton.language as tl
 
 from gemcut.kernels.add_norm.triton import fuses, rounded
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.rope.triton import rotate
 
 
@@ -93,7 +94,9 @@ def _prepare_qkv(
     qkv_ptr, q_norm_ptr, k_norm_ptr, rope_ptr, slots_ptr, q_ptr, k_pages_ptr, v_pages_ptr, count, eps,
     QH: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, A: tl.constexpr,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, K_EQ_V: tl.constexpr, ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     row = qkv_ptr + token * ((QH + (1 if K_EQ_V else 2) * KH) * D)
@@ -142,6 +145,6 @@ def prepare_qkv(
     _prepare_qkv[(count, tiles)](
         qkv, q_norm, k_norm, rope, slots, q, k_pages, v_pages, count, eps,
         q_heads, kv_heads, head, rope.shape[2], q_tile, k_tile, k_eq_v, backend.numerics == "reference",
-        num_warps=warps, enable_fp_fusion=fuses(backend),
+        num_warps=warps, enable_fp_fusion=fuses(backend), **overlap(qkv.device),
     )  # fmt: skip
     return q

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 
 VALUES = 512  # angles of a program, 4 a thread: sines are long, and a step has few of them
 
@@ -25,8 +26,10 @@ def rotate(low, high, cos, sin, dtype: tl.constexpr, ROUND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _rope_table(
-    positions_ptr, inv_freq_ptr, out_ptr, count, A: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    positions_ptr, inv_freq_ptr, out_ptr, count,
+    A: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     angle = tl.arange(0, BLOCK)
     position = tl.load(positions_ptr + token, token < count, other=0).to(tl.float32)
@@ -46,6 +49,6 @@ def rope_table(
     block = triton.next_power_of_2(angles)
     rows = max(1, VALUES // block)
     _rope_table[(triton.cdiv(count, rows),)](
-        positions, inv_freq, out, count, angles, rows, block, num_warps=4
+        positions, inv_freq, out, count, angles, rows, block, num_warps=4, **overlap(positions.device)
     )
     return out

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.router.op import Routing
 
 MAX_TILES = 64  # tiles of tokens whose experts are split; more tiles fill the chip without
@@ -109,8 +110,9 @@ def _route(
     r_ptr, weight_ptr, scale_ptr, count_ptr, logits_ptr, arrivals_ptr,
     weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr, size,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, ONE_TILE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, ONE_TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     tile = tl.program_id(0)
     rows = tile * BM + tl.arange(0, BM)
     count = tl.load(count_ptr)
@@ -145,9 +147,10 @@ def _route(
 def _order(
     experts_ptr, ranks_ptr, counts_ptr, count_ptr, order_ptr, offsets_ptr, size, tiles,
     E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Every tile sums all tiles' counts (some 64 KB from L2) rather than wait for a launch between."""
+    after_previous(OVERLAP)
     tile = tl.program_id(0)
     expert = tl.arange(0, EP)
     earlier = tl.zeros([EP], tl.int32)
@@ -218,11 +221,12 @@ def route_experts(
         weights, experts, order, offsets, ranks, counts, size,
         hidden, num_experts, top_k, padded, triton.next_power_of_2(top_k),
         tile, 128 if r.element_size() == 2 else 64, split, tiles == 1,
-        num_warps=8 if tile == 64 else 4, num_stages=3,
+        num_warps=8 if tile == 64 else 4, num_stages=3, **overlap(device),
     )  # fmt: skip
     if tiles > 1:
         _order[(tiles,)](
             experts, ranks, counts, count, order, offsets, size, tiles,
             num_experts, top_k, padded, tile, triton.next_power_of_2(tile * top_k), 32, num_warps=4,
+            **overlap(device),
         )  # fmt: skip
     return Routing(weights, experts, order, offsets)

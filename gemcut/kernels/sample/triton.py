@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.sample.reference import draw
 
 CHUNK = 4096  # logits of a program: 64 programs read a row of 262,144
@@ -27,8 +28,9 @@ def _clean(logits):
 
 @triton.jit
 def _best_of_chunk(
-    logits_ptr, values_ptr, ids_ptr, chunks, V: tl.constexpr, CHUNK: tl.constexpr
+    logits_ptr, values_ptr, ids_ptr, chunks, V: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
+    after_previous(OVERLAP)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = _clean(tl.load(logits_ptr + row * V + index, index < V, other=float("-inf")))
@@ -38,7 +40,8 @@ def _best_of_chunk(
 
 
 @triton.jit
-def _best_of_row(values_ptr, ids_ptr, tokens_ptr, chunks, BLOCK: tl.constexpr):
+def _best_of_row(values_ptr, ids_ptr, tokens_ptr, chunks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    after_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK)
     values = tl.load(values_ptr + row * chunks + chunk, chunk < chunks, other=float("-inf"))
@@ -171,6 +174,7 @@ def _greedy(logits: torch.Tensor) -> torch.Tensor:
     values = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _best_of_chunk[(rows, chunks)](logits, values, ids, chunks, vocab, CHUNK, num_warps=8)
-    _best_of_row[(rows,)](values, ids, tokens, chunks, triton.next_power_of_2(chunks), num_warps=1)
+    early = overlap(logits.device)
+    _best_of_chunk[(rows, chunks)](logits, values, ids, chunks, vocab, CHUNK, num_warps=8, **early)
+    _best_of_row[(rows,)](values, ids, tokens, chunks, triton.next_power_of_2(chunks), num_warps=1, **early)
     return tokens

@@ -1,0 +1,36 @@
+"""Programmatic dependent launch: a kernel's start hides behind the end of the one before it.
+
+A decode step launches some 400 kernels. Each would wait until the one before has drained, and then for its
+own first loads. One that is launched with `**overlap(device)` may start earlier. Until `after_previous` it
+may touch nothing but the model's parameters, which no kernel writes. Every kernel launched so must call it
+in every program that reads or writes anything else: what came before the previous kernel is known to be over
+only because the previous kernel waited for it.
+"""
+
+# triton types neither launches nor constants
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+
+@cache
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Launch options and the constant OVERLAP: on from Hopper on."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": able, "launch_pdl": able}
+
+
+@triton.jit
+def after_previous(OVERLAP: tl.constexpr):
+    """Let the next kernel start; wait until the previous one is over and its writes can be read."""
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
