@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import gemcut
-from gemcut.cli import chat, doctor, download, inspect, render, run, serve, terminal
+from gemcut.cli import bench, chat, doctor, download, inspect, render, run, serve, terminal
 from gemcut.errors import GemcutError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(download.download)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

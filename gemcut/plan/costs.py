@@ -157,7 +157,7 @@ def tower_work(plan: ModelPlan, pictures: int, patches: int, *, width: int = 2) 
 
 
 def batch_work(
-    plan: ModelPlan, requests: int, prompt: int, answer: int, at_once: int, chunk: int
+    plan: ModelPlan, requests: int, prompt: int, answer: int, at_once: int, chunk: int, *, width: int = 2
 ) -> list[tuple[int, Work]]:
     """Work of an offline batch: prompts in steps of `chunk` tokens, then `at_once` answers side by side until
     all have their tokens, wave by wave. A list of (times, work of one such step)."""
@@ -167,9 +167,9 @@ def batch_work(
         wave = min(left, at_once)
         rows = max(1, chunk // prompt)
         whole, rest = divmod(wave, min(rows, wave))
-        steps.append((whole, forward_work(plan, min(rows, wave), prompt, 0)))
+        steps.append((whole, forward_work(plan, min(rows, wave), prompt, 0, width=width)))
         if rest:
-            steps.append((1, forward_work(plan, rest, prompt, 0)))
-        steps += [(1, forward_work(plan, wave, 1, prompt + i)) for i in range(answer - 1)]
+            steps.append((1, forward_work(plan, rest, prompt, 0, width=width)))
+        steps += [(1, forward_work(plan, wave, 1, prompt + i, width=width)) for i in range(answer - 1)]
         left -= wave
     return steps

@@ -1,0 +1,146 @@
+"""Pictures: the tower with its projector, and the time to the first token of a prompt with a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemcut.bench.contender import Gemcut, by_turns, device_ms, picture_prompt, random_picture
+from gemcut.bench.records import Table, ms, percent
+from gemcut.bench.roofline import Roofline
+from gemcut.bench.timing import Times
+from gemcut.data import POOL, EncodeItem
+from gemcut.errors import ConfigError
+
+PICTURES = (1, 4)
+TEXT_TOKENS = 64
+WARM_UPS = 2
+DEVICE_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Milliseconds. what: "encode", pictures to soft tokens; or "first token", of a prompt of a picture and
+    64 tokens of text. device: on the GPU when it need not wait for the host. share: floor / wall."""
+
+    what: str
+    pictures: int
+    soft_tokens: int
+    engine: str
+    floor: float
+    wall: Times
+    device: Times | None
+    share: float
+
+
+def measure(
+    contenders: Sequence[Gemcut], roofline: Roofline, pictures: Sequence[int], rounds: int
+) -> list[Row]:
+    """Every round has pictures of its own, so that no cache knows them."""
+    if roofline.plan.vision is None:
+        raise ConfigError("This model has no vision tower: it takes text only.")
+    soft = contenders[0].files.image_tokens
+    rows = []
+    for count in pictures:
+
+        def encode(contender: Gemcut, number: int, count: int = count) -> float:
+            items = _items(count, soft, number)
+            began = time.perf_counter()
+            _encode(contender, items)
+            contender.synchronize()
+            spent = time.perf_counter() - began
+            _forget(contender, items)
+            return spent * 1e3
+
+        by_turns(contenders, WARM_UPS, encode)
+        walls = by_turns(contenders, rounds, encode)
+        floor = roofline.tower_ms(count, soft * POOL * POOL)
+        rows += [
+            _row("encode", count, soft, contender, floor, walls, _encode_on_device(contender, count, soft))
+            for contender in contenders
+        ]
+
+    def first_token(contender: Gemcut, number: int) -> float:
+        prompt = picture_prompt(roofline.plan, [random_picture(soft, number)], TEXT_TOKENS, number)
+        return contender.generate([prompt], 1).wall_s * 1e3
+
+    by_turns(contenders, WARM_UPS, first_token)
+    walls = by_turns(contenders, rounds, first_token)
+    floor = roofline.tower_ms(1, soft * POOL * POOL) + roofline.prefill_ms(soft + 2 + TEXT_TOKENS)
+    for contender in contenders:
+        with contender.timed_on_device() as spans:
+            for number in range(DEVICE_ROUNDS):
+                first_token(contender, number)
+        rows.append(_row("first token", 1, soft, contender, floor, walls, spans))
+    return rows
+
+
+def _row(
+    what: str,
+    pictures: int,
+    soft: int,
+    contender: Gemcut,
+    floor: float,
+    walls: Mapping[str, Sequence[float]],
+    device: Sequence[float],
+) -> Row:
+    wall = Times.of(walls[contender.name])
+    on_device = Times.of(device) if device else None
+    return Row(what, pictures, soft, contender.name, floor, wall, on_device, floor / wall.median)
+
+
+def _items(count: int, soft: int, number: int) -> list[EncodeItem]:
+    pictures = [random_picture(soft, number * count + i) for i in range(count)]
+    return [EncodeItem("image", picture.digest, picture) for picture in pictures]
+
+
+@torch.inference_mode()
+def _encode(contender: Gemcut, items: Sequence[EncodeItem]) -> None:
+    contender.runner.soft.encode(items)
+
+
+def _forget(contender: Gemcut, items: Sequence[EncodeItem]) -> None:
+    for item in items:
+        contender.runner.soft.free(item.key)
+
+
+def _encode_on_device(contender: Gemcut, count: int, soft: int) -> list[float]:
+    if contender.device.type != "cuda":
+        return []
+    spent = []
+    for number in range(DEVICE_ROUNDS):
+        items = _items(count, soft, number)
+        spent.append(device_ms(lambda items=items: _encode(contender, items)))
+        _forget(contender, items)
+    return spent
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> Table:
+    header = (
+        "what",
+        "pictures",
+        "engine",
+        "floor ms",
+        "wall ms",
+        "p20",
+        "p80",
+        "device ms",
+        "of the roofline",
+    )
+    rows = [
+        (
+            r["what"],
+            f"{r['pictures']} x {r['soft_tokens']}",
+            r["engine"],
+            ms(r["floor"]),
+            *(ms(r["wall"][key]) for key in ("median", "p20", "p80")),
+            ms(r["device"] and r["device"]["median"]),
+            percent(r["share"]),
+        )
+        for r in results
+    ]
+    return Table(f"Pictures; the first token with {TEXT_TOKENS} tokens of text", header, rows)
