@@ -25,7 +25,11 @@ async function send(path, options) {
   const said = await response.json().catch(() => null);
   const wait = response.headers.get("retry-after");
   const message = said?.error?.message ?? `The server answered ${response.status}.`;
-  throw new ApiError(wait ? `${message} Try again in ${wait} s.` : message, response.status, said?.error?.param ?? null);
+  throw new ApiError(
+    wait ? `${message} Try again in ${wait} s.` : message,
+    response.status,
+    said?.error?.param ?? null,
+  );
 }
 
 /** The model that the server has: `{id, max_model_len}`. */

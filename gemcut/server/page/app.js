@@ -63,7 +63,9 @@ function push(message) {
 
 async function answer() {
   const asked = chat; // the reader may turn to another meanwhile
-  const before = asked.messages.filter((message) => message.role !== "assistant" || message.text || message.calls.length);
+  const before = asked.messages.filter(
+    (message) => message.role !== "assistant" || message.text || message.calls.length,
+  );
   const reply = newAnswer();
   const controller = new AbortController();
   running.set(asked.id, { chat: asked, controller });
@@ -156,7 +158,10 @@ function showDraft() {
 }
 
 function listenForFiles() {
-  for (const [button, field] of [["attach", "files"], ["photograph", "camera"]]) {
+  for (const [button, field] of [
+    ["attach", "files"],
+    ["photograph", "camera"],
+  ]) {
     byId(button).addEventListener("click", () => byId(field).click());
     byId(field).addEventListener("change", () => {
       addFiles([...byId(field).files]);
@@ -189,7 +194,7 @@ async function keep(kept) {
   kept.updated = Date.now();
   try {
     const gone = await store.save(kept);
-    if (gone) toast(`This browser's space for conversations is full; the oldest ${gone === 1 ? "one was" : `${gone} were`} removed.`);
+    if (gone) toast(`The space for conversations is full; the oldest (${gone}) had to go.`);
   } catch (error) {
     showProblem(`The conversation cannot be kept in this browser: ${error.message}`);
   }
@@ -225,14 +230,31 @@ async function refresh() {
   byId("list").replaceChildren(...chats.map(listItem));
   const { bytes } = await store.size();
   const size = bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
-  byId("size").textContent = `In this browser: ${chats.length} ${chats.length === 1 ? "conversation" : "conversations"}, ${size} of pictures.`;
-  byId("kept").textContent = store.lasts ? "Kept in this browser only." : "This browser keeps nothing: all is gone when the page closes.";
+  const count = chats.length === 1 ? "1 conversation" : `${chats.length} conversations`;
+  byId("size").textContent = `In this browser: ${count}, ${size} of pictures.`;
+  byId("kept").textContent = store.lasts
+    ? "Kept in this browser only."
+    : "This browser keeps nothing: all is gone when the page closes.";
 }
 
 function listItem(listed) {
   const title = titleOf(listed);
-  const link = h("a", { href: `#${listed.id}`, title, "aria-current": listed.id === chat.id ? "page" : null, onclick: () => open(null) }, title);
-  return h("li", { class: running.has(listed.id) ? "running" : "" }, link, iconButton("delete", `Delete ${title}`, () => remove(listed)));
+  const link = h(
+    "a",
+    {
+      href: `#${listed.id}`,
+      title,
+      "aria-current": listed.id === chat.id ? "page" : null,
+      onclick: () => open(null),
+    },
+    title,
+  );
+  return h(
+    "li",
+    { class: running.has(listed.id) ? "running" : "" },
+    link,
+    iconButton("delete", `Delete ${title}`, () => remove(listed)),
+  );
 }
 
 async function remove({ id }) {
@@ -279,7 +301,10 @@ async function exportChats(chats) {
     }
     whole.push({ title: titleOf(exported), ...exported, pictures });
   }
-  const file = new Blob([JSON.stringify({ format: "gemcut-conversations", version: 1, conversations: whole }, null, 1)], { type: "application/json" });
+  const file = new Blob(
+    [JSON.stringify({ format: "gemcut-conversations", version: 1, conversations: whole }, null, 1)],
+    { type: "application/json" },
+  );
   const url = URL.createObjectURL(file);
   h("a", { href: url, download: `gemcut-${new Date().toISOString().slice(0, 10)}.json` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
@@ -309,7 +334,8 @@ function askKey(why) {
 function open(panel) {
   const was = document.body.dataset.open;
   document.body.dataset.open = panel ?? "";
-  for (const name of ["chats", "settings"]) byId(`open-${name}`).setAttribute("aria-expanded", panel === name);
+  for (const name of ["chats", "settings"])
+    byId(`open-${name}`).setAttribute("aria-expanded", panel === name);
   if (panel) byId(`close-${panel}`).focus();
   else if (was) byId(`open-${was}`).focus();
 }
@@ -328,7 +354,8 @@ let toastEnd = null;
 function toast(text, undo = null, onundo = null) {
   clearTimeout(toastEnd);
   const hide = () => (byId("toast").hidden = true);
-  const button = undo && h("button", { type: "button", class: "plain", onclick: () => (hide(), onundo()) }, undo);
+  const button =
+    undo && h("button", { type: "button", class: "plain", onclick: () => (hide(), onundo()) }, undo);
   byId("toast").replaceChildren(text, ...(button ? [button] : []));
   byId("toast").hidden = false;
   toastEnd = setTimeout(hide, UNDO_MS);
@@ -354,7 +381,13 @@ function listen() {
   byId("input").addEventListener("input", fitInput);
   byId("input").addEventListener("keydown", (event) => {
     // a touch keyboard's Enter makes a new line, and one that ends a composition sends nothing
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches) return;
+    if (
+      event.key !== "Enter" ||
+      event.shiftKey ||
+      event.isComposing ||
+      matchMedia("(pointer: coarse)").matches
+    )
+      return;
     event.preventDefault();
     send();
   });
@@ -372,7 +405,9 @@ function listen() {
     follow();
   });
   for (const panel of ["chats", "settings"]) {
-    byId(`open-${panel}`).addEventListener("click", () => open(document.body.dataset.open === panel ? null : panel));
+    byId(`open-${panel}`).addEventListener("click", () =>
+      open(document.body.dataset.open === panel ? null : panel),
+    );
     byId(`close-${panel}`).addEventListener("click", () => open(null));
   }
   byId("scrim").addEventListener("click", () => open(null));

@@ -18,13 +18,27 @@ export function newChat() {
 }
 
 export function newAnswer() {
-  return { id: newId(), role: "assistant", text: "", reasoning: "", calls: [], malformed: [], state: "open", error: null, figures: null };
+  return {
+    id: newId(),
+    role: "assistant",
+    text: "",
+    reasoning: "",
+    calls: [],
+    malformed: [],
+    state: "open",
+    error: null,
+    figures: null,
+  };
 }
 
 /** What a chat is called: its first words. */
 export function titleOf(chat) {
-  const words = chat.messages.find((message) => message.role === "user" && message.text)?.text.trim().replace(/\s+/g, " ");
-  if (!words) return chat.messages.some((message) => message.pictures?.length) ? "Picture" : "New conversation";
+  const words = chat.messages
+    .find((message) => message.role === "user" && message.text)
+    ?.text.trim()
+    .replace(/\s+/g, " ");
+  if (!words)
+    return chat.messages.some((message) => message.pictures?.length) ? "Picture" : "New conversation";
   return words.length > MAX_TITLE ? `${words.slice(0, MAX_TITLE - 1)}…` : words;
 }
 
@@ -34,7 +48,8 @@ export async function requestMessages(messages, system, picture) {
   for (const message of messages) {
     if (message.role === "user") sent.push({ role: "user", content: await userContent(message, picture) });
     else if (message.role === "tool") {
-      for (const { id, name, text } of message.results) sent.push({ role: "tool", tool_call_id: id, name, content: text });
+      for (const { id, name, text } of message.results)
+        sent.push({ role: "tool", tool_call_id: id, name, content: text });
     } else sent.push(answerSent(message));
   }
   return sent;
@@ -45,7 +60,10 @@ async function userContent(message, picture) {
   const parts = [];
   for (const id of message.pictures) {
     const found = await picture(id);
-    if (!found) throw new Error("A picture of this conversation is no longer kept here. Start anew, or edit the message.");
+    if (!found)
+      throw new Error(
+        "A picture of this conversation is no longer kept here. Start anew, or edit the message.",
+      );
     parts.push({ type: "image_url", image_url: { url: await dataUri(found.blob) } });
   }
   return message.text ? [...parts, { type: "text", text: message.text }] : parts;
@@ -55,7 +73,11 @@ function answerSent(message) {
   const sent = { role: "assistant", content: message.text };
   if (message.reasoning) sent.reasoning = message.reasoning;
   if (message.calls.length) {
-    sent.tool_calls = message.calls.map(({ id, name, arguments: given }) => ({ id, type: "function", function: { name, arguments: given } }));
+    sent.tool_calls = message.calls.map(({ id, name, arguments: given }) => ({
+      id,
+      type: "function",
+      function: { name, arguments: given },
+    }));
   }
   return sent;
 }

@@ -32,7 +32,11 @@ export function icon(name) {
 
 /** A button that shows a drawing and is read by its label. */
 export function iconButton(name, label, onclick, properties = {}) {
-  return h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...properties }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...properties },
+    icon(name),
+  );
 }
 
 export const byId = (id) => document.getElementById(id);

@@ -1,5 +1,5 @@
-// Markdown -> DOM nodes. What the model wrote becomes text nodes and nothing else: HTML in it is shown, pictures
-// of other sites are links and never loaded, and a link leads to the web or a mailbox or is none.
+// Markdown -> DOM nodes. What the model wrote becomes text nodes and nothing else: HTML in it is shown,
+// pictures of other sites are links and never loaded, and a link leads to the web or a mailbox or is none.
 //
 // Every step is linear in the text, or has a limit, so that no answer can hold the page up.
 
@@ -55,7 +55,14 @@ function blocks(all, depth) {
       at++;
       continue;
     }
-    const read = fence(all, at) ?? formula(all, at) ?? heading(all, at) ?? rule(all, at) ?? (depth < MAX_NESTING ? (quote(all, at, depth) ?? list(all, at, depth)) : null) ?? table(all, at) ?? paragraph(all, at, depth);
+    const read =
+      fence(all, at) ??
+      formula(all, at) ??
+      heading(all, at) ??
+      rule(all, at) ??
+      (depth < MAX_NESTING ? (quote(all, at, depth) ?? list(all, at, depth)) : null) ??
+      table(all, at) ??
+      paragraph(all, at, depth);
     found.push({ source: all.slice(at, read.end).join("\n"), ...read });
     at = read.end;
   }
@@ -68,16 +75,32 @@ function fence(all, at) {
   const [, marks, info] = opening;
   const indent = all[at].indexOf(marks);
   let end = at + 1;
-  const isClosing = (line) => line.trim().length >= marks.length && line.trim().split(marks[0]).join("") === "" && line.search(/\S/) < 4;
+  const isClosing = (line) =>
+    line.trim().length >= marks.length &&
+    line.trim().split(marks[0]).join("") === "" &&
+    line.search(/\S/) < 4;
   while (end < all.length && !isClosing(all[end])) end++;
-  const code = all.slice(at + 1, end).map((line) => line.slice(Math.min(indent, Math.max(0, line.search(/\S|$/))))).join("\n");
+  const code = all
+    .slice(at + 1, end)
+    .map((line) => line.slice(Math.min(indent, Math.max(0, line.search(/\S|$/)))))
+    .join("\n");
   return { end: Math.min(all.length, end + 1), render: () => codeBlock(code, info.trim().split(/\s/)[0]) };
 }
 
 function codeBlock(code, language) {
-  const head = h("figcaption", {}, h("span", {}, language || "code"), copyButton(() => code, "Copy the code"));
+  const head = h(
+    "figcaption",
+    {},
+    h("span", {}, language || "code"),
+    copyButton(() => code, "Copy the code"),
+  );
   // focusable, so that a keyboard can scroll it
-  return h("figure", { class: "code" }, head, h("pre", { tabIndex: 0, role: "group", "aria-label": language || "code" }, h("code", {}, code)));
+  return h(
+    "figure",
+    { class: "code" },
+    head,
+    h("pre", { tabIndex: 0, role: "group", "aria-label": language || "code" }, h("code", {}, code)),
+  );
 }
 
 function formula(all, at) {
@@ -89,7 +112,9 @@ function formula(all, at) {
     const line = end === at ? start.slice(2) : all[end].trim();
     if (!line.includes(closing)) continue;
     if (line.indexOf(closing) !== line.length - 2) return null; // it ends within a line
-    const tex = [...(end === at ? [] : [start.slice(2)]), ...all.slice(at + 1, end), line.slice(0, -2)].join("\n").trim();
+    const tex = [...(end === at ? [] : [start.slice(2)]), ...all.slice(at + 1, end), line.slice(0, -2)]
+      .join("\n")
+      .trim();
     return { end: end + 1, render: () => h("div", { class: "formula" }, formulaNode(tex, true)) };
   }
   return null;
@@ -105,7 +130,10 @@ function heading(all, at) {
   while (bare.endsWith("#")) bare = bare.slice(0, -1);
   // the page's own headings are h1 and h2
   const level = Math.min(6, found[1].length + 2);
-  return { end: at + 1, render: () => h(`h${level}`, {}, inline(bare.endsWith(" ") || bare === "" ? bare.trim() : text)) };
+  return {
+    end: at + 1,
+    render: () => h(`h${level}`, {}, inline(bare.endsWith(" ") || bare === "" ? bare.trim() : text)),
+  };
 }
 
 function rule(all, at) {
@@ -117,7 +145,15 @@ function quote(all, at, depth) {
   let end = at;
   while (end < all.length && QUOTE.test(all[end])) end++;
   const inner = all.slice(at, end).map((line) => line.replace(QUOTE, ""));
-  return { end, render: () => h("blockquote", {}, blocks(inner, depth + 1).map((block) => block.render())) };
+  return {
+    end,
+    render: () =>
+      h(
+        "blockquote",
+        {},
+        blocks(inner, depth + 1).map((block) => block.render()),
+      ),
+  };
 }
 
 function list(all, at, depth) {
@@ -154,17 +190,29 @@ function list(all, at, depth) {
   }
   while (all[end - 1].trim() === "") end--; // blank lines after a list are not of it
   const isOrdered = first[2].length > 1;
-  const render = () => h(isOrdered ? "ol" : "ul", isOrdered ? { start: Number.parseInt(first[2], 10) } : {}, items.map((item) => listItem(item, isLoose, depth)));
+  const render = () =>
+    h(
+      isOrdered ? "ol" : "ul",
+      isOrdered ? { start: Number.parseInt(first[2], 10) } : {},
+      items.map((item) => listItem(item, isLoose, depth)),
+    );
   return { end, render };
 }
 
 function listItem(item, isLoose, depth) {
   const box = /^\[([ xX])\] /.exec(item[0]);
   const inner = box ? [item[0].slice(4), ...item.slice(1)] : item;
-  const nodes = blocks(inner, depth + 1).flatMap((block) => (block.words && !isLoose ? inline(block.words) : [block.render()]));
+  const nodes = blocks(inner, depth + 1).flatMap((block) =>
+    block.words && !isLoose ? inline(block.words) : [block.render()],
+  );
   if (!box) return h("li", {}, nodes);
   const done = box[1] !== " ";
-  return h("li", { class: "task" }, h("input", { type: "checkbox", checked: done, disabled: true, "aria-label": done ? "done" : "to do" }), nodes);
+  return h(
+    "li",
+    { class: "task" },
+    h("input", { type: "checkbox", checked: done, disabled: true, "aria-label": done ? "done" : "to do" }),
+    nodes,
+  );
 }
 
 function table(all, at) {
@@ -175,10 +223,29 @@ function table(all, at) {
   let end = at + 2;
   while (end < all.length && all[end].trim() !== "" && all[end].includes("|")) end++;
   const align = rule.map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null));
-  const row = (tag, line) => h("tr", {}, align.map((side, i) => h(tag, { class: side, scope: tag === "th" ? "col" : null }, inline(line[i] ?? ""))));
+  const row = (tag, line) =>
+    h(
+      "tr",
+      {},
+      align.map((side, i) =>
+        h(tag, { class: side, scope: tag === "th" ? "col" : null }, inline(line[i] ?? "")),
+      ),
+    );
   const render = () =>
-    h("div", { class: "table", tabIndex: 0, role: "group", "aria-label": "table" },
-      h("table", {}, h("thead", {}, row("th", head)), h("tbody", {}, all.slice(at + 2, end).map((line) => row("td", cells(line))))));
+    h(
+      "div",
+      { class: "table", tabIndex: 0, role: "group", "aria-label": "table" },
+      h(
+        "table",
+        {},
+        h("thead", {}, row("th", head)),
+        h(
+          "tbody",
+          {},
+          all.slice(at + 2, end).map((line) => row("td", cells(line))),
+        ),
+      ),
+    );
   return { end, render };
 }
 
@@ -213,7 +280,14 @@ function paragraph(all, at, depth) {
 /** Whether a line begins a block that ends a paragraph without a blank line between. */
 function starts(line, depth) {
   const item = depth < MAX_NESTING ? ITEM.exec(line) : null;
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || (depth < MAX_NESTING && QUOTE.test(line)) || /^ {0,3}(\$\$|\\\[)/.test(line) || (item !== null && item[0].trim() !== line.trim() && (item[2].length === 1 || /^1[.)]$/.test(item[2])));
+  return (
+    FENCE.test(line) ||
+    HEADING.test(line) ||
+    RULE.test(line) ||
+    (depth < MAX_NESTING && QUOTE.test(line)) ||
+    /^ {0,3}(\$\$|\\\[)/.test(line) ||
+    (item !== null && item[0].trim() !== line.trim() && (item[2].length === 1 || /^1[.)]$/.test(item[2])))
+  );
 }
 
 // ---- inline
@@ -276,16 +350,28 @@ class Inline {
 
   special() {
     switch (this.text[this.at]) {
-      case "\\": return this.backslash();
-      case "`": return this.code();
-      case "$": return this.dollar();
-      case "!": return this.text[this.at + 1] === "[" && this.link(this.at + 1);
-      case "[": return this.link(this.at);
-      case "<": return this.autolink();
-      case "h": return this.bareLink();
-      case "*": case "_": case "~": return this.delimiter();
-      case "\n": return this.lineEnd();
-      default: return false;
+      case "\\":
+        return this.backslash();
+      case "`":
+        return this.code();
+      case "$":
+        return this.dollar();
+      case "!":
+        return this.text[this.at + 1] === "[" && this.link(this.at + 1);
+      case "[":
+        return this.link(this.at);
+      case "<":
+        return this.autolink();
+      case "h":
+        return this.bareLink();
+      case "*":
+      case "_":
+      case "~":
+        return this.delimiter();
+      case "\n":
+        return this.lineEnd();
+      default:
+        return false;
     }
   }
 
@@ -293,7 +379,8 @@ class Inline {
     const next = this.text[this.at + 1];
     if (next === "(" || next === "[") {
       const end = this.find(next === "(" ? "\\)" : "\\]", this.at + 2);
-      if (end >= 0) return this.put(formulaNode(this.text.slice(this.at + 2, end).trim(), next === "["), end + 2);
+      if (end >= 0)
+        return this.put(formulaNode(this.text.slice(this.at + 2, end).trim(), next === "["), end + 2);
     }
     if (next === "\n") return this.put(h("br"), this.at + 2);
     if (next === undefined || !PUNCTUATION.test(next)) return false;
@@ -323,7 +410,10 @@ class Inline {
     const end = this.find(marks, begin);
     const tex = end < 0 ? "" : this.text.slice(begin, end);
     // "$5 and $6" is money
-    const isFormula = marks === "$$" ? tex.trim() !== "" : tex !== "" && tex.trim() === tex && !tex.includes("\n\n") && !/\d/.test(this.text[end + 1] ?? "");
+    const isFormula =
+      marks === "$$"
+        ? tex.trim() !== ""
+        : tex !== "" && tex.trim() === tex && !tex.includes("\n\n") && !/\d/.test(this.text[end + 1] ?? "");
     if (!isFormula) return false;
     return this.put(formulaNode(tex.trim(), marks === "$$"), end + marks.length);
   }
@@ -348,7 +438,9 @@ class Inline {
   autolink() {
     AUTOLINK.lastIndex = this.at;
     const found = AUTOLINK.exec(this.text);
-    return found !== null && !this.isLink && this.put(anchor(found[1], [found[1]]), this.at + found[0].length);
+    return (
+      found !== null && !this.isLink && this.put(anchor(found[1], [found[1]]), this.at + found[0].length)
+    );
   }
 
   bareLink() {
@@ -357,7 +449,8 @@ class Inline {
     const found = BARE_LINK.exec(this.text);
     if (!found) return false;
     let address = found[0];
-    while (/[.,;:!?'*_)\]}]$/.test(address) && !(address.endsWith(")") && address.includes("("))) address = address.slice(0, -1);
+    while (/[.,;:!?'*_)\]}]$/.test(address) && !(address.endsWith(")") && address.includes("(")))
+      address = address.slice(0, -1);
     return this.put(anchor(address, [address]), this.at + address.length);
   }
 
@@ -368,12 +461,18 @@ class Inline {
     const run = this.text.slice(this.at, end);
     const before = this.text[this.at - 1] ?? " ";
     const after = this.text[end] ?? " ";
-    const opensLeft = !/\s/.test(after) && (!isPunctuation(after) || /\s/.test(before) || isPunctuation(before));
-    const closesRight = !/\s/.test(before) && (!isPunctuation(before) || /\s/.test(after) || isPunctuation(after));
+    const opensLeft =
+      !/\s/.test(after) && (!isPunctuation(after) || /\s/.test(before) || isPunctuation(before));
+    const closesRight =
+      !/\s/.test(before) && (!isPunctuation(before) || /\s/.test(after) || isPunctuation(after));
     const isWordly = mark === "_";
     const canOpen = opensLeft && (!isWordly || !closesRight || isPunctuation(before));
     const canClose = closesRight && (!isWordly || !opensLeft || isPunctuation(after));
-    if ((mark === "~" && run.length !== 2) || !(canOpen || canClose) || this.delimiters.length >= MAX_DELIMITERS) {
+    if (
+      (mark === "~" && run.length !== 2) ||
+      !(canOpen || canClose) ||
+      this.delimiters.length >= MAX_DELIMITERS
+    ) {
       this.plain += run;
       this.at = end;
       return true;
@@ -443,7 +542,11 @@ function emphasise(delimiters) {
 function pairs(opener, closer) {
   if (!opener.canOpen || opener.count === 0 || opener.mark !== closer.mark) return false;
   const isAmbiguous = opener.canClose || closer.canOpen;
-  return !isAmbiguous || (opener.length + closer.length) % 3 !== 0 || (opener.length % 3 === 0 && closer.length % 3 === 0);
+  return (
+    !isAmbiguous ||
+    (opener.length + closer.length) % 3 !== 0 ||
+    (opener.length % 3 === 0 && closer.length % 3 === 0)
+  );
 }
 
 function wrap(opener, closer, width) {

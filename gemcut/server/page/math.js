@@ -5,52 +5,85 @@ const MATHML = "http://www.w3.org/1998/Math/MathML";
 const MAX_LENGTH = 8000;
 const MAX_DEPTH = 40;
 
+const words = (text) => new Set(text.split(" "));
+
+// prettier-ignore
 const LETTERS = {
-  alpha: "α", beta: "β", gamma: "γ", delta: "δ", epsilon: "ϵ", varepsilon: "ε", zeta: "ζ", eta: "η", theta: "θ",
-  vartheta: "ϑ", iota: "ι", kappa: "κ", lambda: "λ", mu: "μ", nu: "ν", xi: "ξ", pi: "π", varpi: "ϖ", rho: "ρ",
-  varrho: "ϱ", sigma: "σ", varsigma: "ς", tau: "τ", upsilon: "υ", phi: "ϕ", varphi: "φ", chi: "χ", psi: "ψ",
-  omega: "ω", Gamma: "Γ", Delta: "Δ", Theta: "Θ", Lambda: "Λ", Xi: "Ξ", Pi: "Π", Sigma: "Σ", Upsilon: "Υ",
-  Phi: "Φ", Psi: "Ψ", Omega: "Ω", ell: "ℓ", hbar: "ℏ", imath: "ı", jmath: "ȷ", Re: "ℜ", Im: "ℑ", wp: "℘",
-  aleph: "ℵ", infty: "∞", partial: "∂", nabla: "∇", emptyset: "∅", varnothing: "∅", angle: "∠", top: "⊤",
-  bot: "⊥", degree: "°", prime: "′", dots: "…", ldots: "…", cdots: "⋯", vdots: "⋮", ddots: "⋱", square: "□",
-  checkmark: "✓", dagger: "†", S: "§", "%": "%", $: "$", "#": "#", "&": "&", _: "_",
+  alpha: "α", beta: "β", gamma: "γ", delta: "δ", epsilon: "ϵ", varepsilon: "ε", zeta: "ζ", eta: "η",
+  theta: "θ", vartheta: "ϑ", iota: "ι", kappa: "κ", lambda: "λ", mu: "μ", nu: "ν", xi: "ξ", pi: "π",
+  varpi: "ϖ", rho: "ρ", varrho: "ϱ", sigma: "σ", varsigma: "ς", tau: "τ", upsilon: "υ", phi: "ϕ",
+  varphi: "φ", chi: "χ", psi: "ψ", omega: "ω", Gamma: "Γ", Delta: "Δ", Theta: "Θ", Lambda: "Λ", Xi: "Ξ",
+  Pi: "Π", Sigma: "Σ", Upsilon: "Υ", Phi: "Φ", Psi: "Ψ", Omega: "Ω", ell: "ℓ", hbar: "ℏ", imath: "ı",
+  jmath: "ȷ", Re: "ℜ", Im: "ℑ", wp: "℘", aleph: "ℵ", infty: "∞", partial: "∂", nabla: "∇",
+  emptyset: "∅", varnothing: "∅", angle: "∠", top: "⊤", bot: "⊥", degree: "°", prime: "′", dots: "…",
+  ldots: "…", cdots: "⋯", vdots: "⋮", ddots: "⋱", square: "□", checkmark: "✓", dagger: "†", S: "§",
+  "%": "%", $: "$", "#": "#", "&": "&", _: "_",
 };
+// prettier-ignore
 const OPERATORS = {
-  times: "×", div: "÷", pm: "±", mp: "∓", cdot: "⋅", ast: "∗", star: "⋆", circ: "∘", bullet: "•", oplus: "⊕",
-  otimes: "⊗", odot: "⊙", le: "≤", leq: "≤", leqslant: "⩽", ge: "≥", geq: "≥", geqslant: "⩾", ne: "≠", neq: "≠",
-  equiv: "≡", approx: "≈", sim: "∼", simeq: "≃", cong: "≅", propto: "∝", ll: "≪", gg: "≫", prec: "≺", succ: "≻",
-  in: "∈", notin: "∉", ni: "∋", subset: "⊂", subseteq: "⊆", supset: "⊃", supseteq: "⊇", cup: "∪", cap: "∩",
-  setminus: "∖", land: "∧", wedge: "∧", lor: "∨", vee: "∨", lnot: "¬", neg: "¬", forall: "∀", exists: "∃",
-  nexists: "∄", to: "→", rightarrow: "→", leftarrow: "←", gets: "←", leftrightarrow: "↔", Rightarrow: "⇒",
-  Leftarrow: "⇐", Leftrightarrow: "⇔", iff: "⟺", implies: "⟹", impliedby: "⟸", mapsto: "↦", uparrow: "↑",
-  downarrow: "↓", longrightarrow: "⟶", hookrightarrow: "↪", rightharpoonup: "⇀", perp: "⊥", parallel: "∥",
-  mid: "∣", nmid: "∤", vdash: "⊢", models: "⊨", therefore: "∴", because: "∵", colon: ":", lbrace: "{", rbrace: "}",
-  "{": "{", "}": "}", langle: "⟨", rangle: "⟩", lfloor: "⌊", rfloor: "⌋", lceil: "⌈", rceil: "⌉", vert: "|",
-  lvert: "|", rvert: "|", Vert: "‖", lVert: "‖", rVert: "‖", "|": "‖", backslash: "\\", slash: "/",
+  times: "×", div: "÷", pm: "±", mp: "∓", cdot: "⋅", ast: "∗", star: "⋆", circ: "∘", bullet: "•",
+  oplus: "⊕", otimes: "⊗", odot: "⊙", le: "≤", leq: "≤", leqslant: "⩽", ge: "≥", geq: "≥",
+  geqslant: "⩾", ne: "≠", neq: "≠", equiv: "≡", approx: "≈", sim: "∼", simeq: "≃", cong: "≅",
+  propto: "∝", ll: "≪", gg: "≫", prec: "≺", succ: "≻", in: "∈", notin: "∉", ni: "∋", subset: "⊂",
+  subseteq: "⊆", supset: "⊃", supseteq: "⊇", cup: "∪", cap: "∩", setminus: "∖", land: "∧", wedge: "∧",
+  lor: "∨", vee: "∨", lnot: "¬", neg: "¬", forall: "∀", exists: "∃", nexists: "∄", to: "→",
+  rightarrow: "→", leftarrow: "←", gets: "←", leftrightarrow: "↔", Rightarrow: "⇒", Leftarrow: "⇐",
+  Leftrightarrow: "⇔", iff: "⟺", implies: "⟹", impliedby: "⟸", mapsto: "↦", uparrow: "↑",
+  downarrow: "↓", longrightarrow: "⟶", hookrightarrow: "↪", rightharpoonup: "⇀", perp: "⊥",
+  parallel: "∥", mid: "∣", nmid: "∤", vdash: "⊢", models: "⊨", therefore: "∴", because: "∵", colon: ":",
+  lbrace: "{", rbrace: "}", "{": "{", "}": "}", langle: "⟨", rangle: "⟩", lfloor: "⌊", rfloor: "⌋",
+  lceil: "⌈", rceil: "⌉", vert: "|", lvert: "|", rvert: "|", Vert: "‖", lVert: "‖", rVert: "‖",
+  "|": "‖", backslash: "\\", slash: "/",
 };
+// prettier-ignore
 const BIG = {
-  sum: "∑", prod: "∏", coprod: "∐", int: "∫", iint: "∬", iiint: "∭", oint: "∮", bigcup: "⋃", bigcap: "⋂",
-  bigoplus: "⨁", bigotimes: "⨂", bigvee: "⋁", bigwedge: "⋀",
+  sum: "∑", prod: "∏", coprod: "∐", int: "∫", iint: "∬", iiint: "∭", oint: "∮", bigcup: "⋃",
+  bigcap: "⋂", bigoplus: "⨁", bigotimes: "⨂", bigvee: "⋁", bigwedge: "⋀",
 };
 const INTEGRALS = new Set(["int", "iint", "iiint", "oint"]);
-const FUNCTIONS = new Set(
-  ("arccos arcsin arctan arg cos cosh cot coth csc deg det dim exp gcd hom inf ker lg lim liminf limsup ln log max " +
-    "min mod Pr sec sin sinh sup tan tanh argmax argmin").split(" "),
+const FUNCTIONS = words(
+  "arccos arcsin arctan arg cos cosh cot coth csc deg det dim exp gcd hom inf ker lg lim liminf " +
+    "limsup ln log max min mod Pr sec sin sinh sup tan tanh argmax argmin",
 );
-const UNDER = new Set(["lim", "liminf", "limsup", "max", "min", "sup", "inf", "det", "gcd", "argmax", "argmin", "Pr"]);
+const UNDER = words("lim liminf limsup max min sup inf det gcd argmax argmin Pr");
+// prettier-ignore
 const ACCENTS = {
-  hat: "^", widehat: "^", bar: "¯", overline: "‾", tilde: "~", widetilde: "~", vec: "→", overrightarrow: "→",
-  dot: "˙", ddot: "¨", check: "ˇ", breve: "˘", overbrace: "⏞",
+  hat: "^", widehat: "^", bar: "¯", overline: "‾", tilde: "~", widetilde: "~", vec: "→",
+  overrightarrow: "→", dot: "˙", ddot: "¨", check: "ˇ", breve: "˘", overbrace: "⏞",
 };
 const UNDER_ACCENTS = { underline: "_", underbrace: "⏟" };
-const SPACES = { ",": "0.167em", ":": "0.222em", ">": "0.222em", ";": "0.278em", " ": "0.25em", quad: "1em", qquad: "2em" };
-const IGNORED = new Set("! displaystyle textstyle scriptstyle limits nolimits nonumber notag big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle".split(" "));
-const FENCES = { matrix: ["", ""], smallmatrix: ["", ""], array: ["", ""], pmatrix: ["(", ")"], bmatrix: ["[", "]"], Bmatrix: ["{", "}"], vmatrix: ["|", "|"], Vmatrix: ["‖", "‖"], cases: ["{", ""] };
+const SPACES = {
+  ",": "0.167em",
+  ":": "0.222em",
+  ">": "0.222em",
+  ";": "0.278em",
+  " ": "0.25em",
+  quad: "1em",
+  qquad: "2em",
+};
+const IGNORED = words(
+  "! displaystyle textstyle scriptstyle limits nolimits nonumber notag big Big bigg Bigg bigl " +
+    "bigr Bigl Bigr biggl biggr middle",
+);
+const FENCES = {
+  matrix: ["", ""],
+  smallmatrix: ["", ""],
+  array: ["", ""],
+  pmatrix: ["(", ")"],
+  bmatrix: ["[", "]"],
+  Bmatrix: ["{", "}"],
+  vmatrix: ["|", "|"],
+  Vmatrix: ["‖", "‖"],
+  cases: ["{", ""],
+};
 
 // where Unicode's alphabets begin, and the letters that stood elsewhere before
+// prettier-ignore
 const ALPHABETS = {
   mathbb: { upper: 0x1d538, lower: 0x1d552, digit: 0x1d7d8, C: "ℂ", H: "ℍ", N: "ℕ", P: "ℙ", Q: "ℚ", R: "ℝ", Z: "ℤ" },
-  mathcal: { upper: 0x1d49c, lower: 0x1d4b6, B: "ℬ", E: "ℰ", F: "ℱ", H: "ℋ", I: "ℐ", L: "ℒ", M: "ℳ", R: "ℛ", e: "ℯ", g: "ℊ", o: "ℴ" },
+  mathcal: {
+    upper: 0x1d49c, lower: 0x1d4b6, B: "ℬ", E: "ℰ", F: "ℱ", H: "ℋ", I: "ℐ", L: "ℒ", M: "ℳ", R: "ℛ", e: "ℯ", g: "ℊ", o: "ℴ",
+  },
   mathfrak: { upper: 0x1d504, lower: 0x1d51e, C: "ℭ", H: "ℌ", I: "ℑ", R: "ℜ", Z: "ℨ" },
   mathbf: { upper: 0x1d400, lower: 0x1d41a, digit: 0x1d7ce },
   mathsf: { upper: 0x1d5a0, lower: 0x1d5ba, digit: 0x1d7e2 },
@@ -58,7 +91,7 @@ const ALPHABETS = {
 };
 ALPHABETS.mathscr = ALPHABETS.mathcal;
 ALPHABETS.boldsymbol = ALPHABETS.bm = ALPHABETS.mathbf;
-const TEXTS = new Set(["text", "textbf", "textit", "textrm", "texttt", "mbox", "mathrm", "mathit", "operatorname"]);
+const TEXTS = words("text textbf textit textrm texttt mbox mathrm mathit operatorname");
 
 const TOKEN = /\\(?:[A-Za-z]+\*?|[^])|[ \t\r\n]+|\d+(?:[.,]\d+)*|[^]/gu;
 
@@ -126,8 +159,15 @@ class Parser {
     }
     if (rows.length === 1 && rows[0].length === 1) return m("mrow", {}, ...rows[0][0]);
     if (rows.length > 1 && rows[rows.length - 1].every((cell) => cell.length === 0)) rows.pop();
-    const cells = (row) => row.map((cell, i) => m("mtd", { class: align === "pairs" ? (i % 2 ? "left" : "right") : align }, ...cell));
-    return m("mtable", align === "pairs" ? { displaystyle: "true" } : {}, ...rows.map((row) => m("mtr", {}, ...cells(row))));
+    const cells = (row) =>
+      row.map((cell, i) =>
+        m("mtd", { class: align === "pairs" ? (i % 2 ? "left" : "right") : align }, ...cell),
+      );
+    return m(
+      "mtable",
+      align === "pairs" ? { displaystyle: "true" } : {},
+      ...rows.map((row) => m("mtr", {}, ...cells(row))),
+    );
   }
 
   /** One thing with what stands above and below it; nothing for what is not shown. */
@@ -184,7 +224,7 @@ class Parser {
   raw() {
     if (this.take() !== "{") return this.tokens[this.at - 1];
     let text = "";
-    for (let open = 1; ; ) {
+    for (let open = 1; ;) {
       const token = this.tokens[this.at++];
       if (token === undefined) throw new NoFormula();
       if (token === "{") open++;
@@ -221,7 +261,11 @@ class Parser {
     if (FUNCTIONS.has(name)) {
       const space = /^(\(|\[|\\left)$/.test(this.peek() ?? "") ? "0" : "0.167em";
       const under = this.display && UNDER.has(name) ? "yes" : "no";
-      return m("mo", { form: "prefix", lspace: "0", rspace: space, movablelimits: "false", "data-under": under }, name);
+      return m(
+        "mo",
+        { form: "prefix", lspace: "0", rspace: space, movablelimits: "false", "data-under": under },
+        name,
+      );
     }
     if (Object.hasOwn(SPACES, name)) return m("mspace", { width: SPACES[name] });
     if (IGNORED.has(name)) return null;
@@ -231,20 +275,33 @@ class Parser {
     }
     if (Object.hasOwn(UNDER_ACCENTS, name)) {
       const accent = m("mo", { stretchy: "true" }, UNDER_ACCENTS[name]);
-      return this.withUnder(m("munder", { accentunder: "true" }, this.argument(), accent), name === "underbrace");
+      return this.withUnder(
+        m("munder", { accentunder: "true" }, this.argument(), accent),
+        name === "underbrace",
+      );
     }
     if (Object.hasOwn(ALPHABETS, name)) return this.inAlphabet(ALPHABETS[name]);
     if (TEXTS.has(name.replace("*", ""))) return this.words(name.replace("*", ""));
     switch (name) {
-      case "frac": case "dfrac": case "tfrac": case "cfrac":
+      case "frac":
+      case "dfrac":
+      case "tfrac":
+      case "cfrac":
         return m("mfrac", {}, this.argument(), this.argument());
       case "binom":
-        return m("mrow", {}, m("mo", {}, "("), m("mfrac", { linethickness: "0" }, this.argument(), this.argument()), m("mo", {}, ")"));
+        return m(
+          "mrow",
+          {},
+          m("mo", {}, "("),
+          m("mfrac", { linethickness: "0" }, this.argument(), this.argument()),
+          m("mo", {}, ")"),
+        );
       case "sqrt": {
         const degree = this.peek() === "[" ? this.bracketed() : null;
         return degree ? m("mroot", {}, this.argument(), degree) : m("msqrt", {}, this.argument());
       }
-      case "overset": case "stackrel": {
+      case "overset":
+      case "stackrel": {
         const above = this.argument();
         return m("mover", {}, this.argument(), above);
       }
@@ -259,7 +316,16 @@ class Parser {
       case "not":
         return m("mo", {}, `${this.argument().textContent}\u0338`);
       case "pmod":
-        return m("mrow", {}, m("mspace", { width: "0.5em" }), m("mo", {}, "("), m("mi", {}, "mod"), m("mspace", { width: "0.25em" }), this.argument(), m("mo", {}, ")"));
+        return m(
+          "mrow",
+          {},
+          m("mspace", { width: "0.5em" }),
+          m("mo", {}, "("),
+          m("mi", {}, "mod"),
+          m("mspace", { width: "0.25em" }),
+          this.argument(),
+          m("mo", {}, ")"),
+        );
       case "bmod":
         return m("mo", { lspace: "0.25em", rspace: "0.25em" }, "mod");
       case "tag":
@@ -268,7 +334,9 @@ class Parser {
         return this.fenced();
       case "begin":
         return this.environment(this.raw());
-      case "right": case "end": case "\\":
+      case "right":
+      case "end":
+      case "\\":
         throw new NoFormula();
       default:
         return m("mtext", { class: "unknown" }, `\\${name}`);
@@ -291,7 +359,13 @@ class Parser {
     const inside = this.lines(() => this.peek() === "\\right", "center");
     if (this.take() !== "\\right") throw new NoFormula();
     const closing = this.fence();
-    return m("mrow", {}, m("mo", { stretchy: "true" }, opening), inside, m("mo", { stretchy: "true" }, closing));
+    return m(
+      "mrow",
+      {},
+      m("mo", { stretchy: "true" }, opening),
+      inside,
+      m("mo", { stretchy: "true" }, closing),
+    );
   }
 
   environment(name) {
@@ -301,13 +375,16 @@ class Parser {
     const table = this.lines(() => this.peek() === "\\end", align);
     if (this.take() !== "\\end" || this.raw() !== name) throw new NoFormula();
     const [opening, closing] = FENCES[bare] ?? ["", ""];
-    return opening || closing ? m("mrow", {}, m("mo", { stretchy: "true" }, opening), table, m("mo", { stretchy: "true" }, closing)) : table;
+    return opening || closing
+      ? m("mrow", {}, m("mo", { stretchy: "true" }, opening), table, m("mo", { stretchy: "true" }, closing))
+      : table;
   }
 
   inAlphabet(alphabet) {
     const row = this.argument();
     for (const leaf of row.localName === "mrow" ? row.children : [row]) {
-      if (leaf.children.length === 0) leaf.textContent = Array.from(leaf.textContent, (c) => inAlphabet(c, alphabet)).join("");
+      if (leaf.children.length === 0)
+        leaf.textContent = Array.from(leaf.textContent, (c) => inAlphabet(c, alphabet)).join("");
     }
     return row;
   }

@@ -2,7 +2,7 @@
 
 const TAKEN = new Set(["image/png", "image/jpeg", "image/webp", "image/gif"]);
 const MAX_BYTES = 6 * 1024 * 1024;
-// 1,120 soft tokens, the most there are, see 2.6 megapixels of a picture: this loses nothing that the model sees
+// 1,120 soft tokens, the most there are, see 2.6 megapixels of a picture: nothing is lost that the model sees
 const MAX_SIDE = 4096;
 
 /**
@@ -28,7 +28,11 @@ export async function prepare(file) {
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("The picture is too large for this browser."))), "image/jpeg", 0.95);
+    canvas.toBlob(
+      (blob) => (blob ? resolve(blob) : reject(new Error("The picture is too large for this browser."))),
+      "image/jpeg",
+      0.95,
+    );
   });
 }
 

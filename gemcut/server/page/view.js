@@ -22,7 +22,10 @@ export class Transcript {
   }
 
   add(message) {
-    const view = new { user: UserView, assistant: AnswerView, tool: ToolView }[message.role](message, this.actions);
+    const view = new { user: UserView, assistant: AnswerView, tool: ToolView }[message.role](
+      message,
+      this.actions,
+    );
     this.views.set(message.id, view);
     this.root.append(view.element);
     return view;
@@ -56,18 +59,26 @@ class UserView {
     this.element.replaceChildren(
       ...(pictures.length ? [pictureRow(pictures, this.actions)] : []),
       ...(text ? [h("p", { class: "said" }, text)] : []),
-      actionsRow(copyButton(() => text, "Copy the message"), iconButton("edit", "Edit the message", () => this.edit())),
+      actionsRow(
+        copyButton(() => text, "Copy the message"),
+        iconButton("edit", "Edit the message", () => this.edit()),
+      ),
     );
   }
 
   edit() {
-    const area = h("textarea", { value: this.message.text, "aria-label": "Edit the message", rows: Math.min(12, this.message.text.split("\n").length + 1) });
+    const area = h("textarea", {
+      value: this.message.text,
+      "aria-label": "Edit the message",
+      rows: Math.min(12, this.message.text.split("\n").length + 1),
+    });
     const cancel = () => {
       this.update();
       this.element.querySelector(".actions button:last-child").focus();
     };
     const save = () => {
-      if (area.value.trim() || this.message.pictures.length) this.actions.edit(this.message, area.value.trim());
+      if (area.value.trim() || this.message.pictures.length)
+        this.actions.edit(this.message, area.value.trim());
     };
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
@@ -76,11 +87,17 @@ class UserView {
       }
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
     });
-    const row = h("div", { class: "row" },
+    const row = h(
+      "div",
+      { class: "row" },
       h("button", { type: "button", class: "plain", onclick: cancel }, "Cancel"),
-      h("button", { type: "button", class: "primary", onclick: save }, "Send again"));
+      h("button", { type: "button", class: "primary", onclick: save }, "Send again"),
+    );
     const { pictures } = this.message;
-    this.element.replaceChildren(...(pictures.length ? [pictureRow(pictures, this.actions)] : []), h("div", { class: "editor" }, area, row));
+    this.element.replaceChildren(
+      ...(pictures.length ? [pictureRow(pictures, this.actions)] : []),
+      h("div", { class: "editor" }, area, row),
+    );
     area.focus();
   }
 }
@@ -91,7 +108,11 @@ function pictureRow(ids, actions) {
   for (const [i, id] of ids.entries()) {
     const image = h("img", { alt: "", decoding: "async" });
     const open = () => image.src && showPicture(image.src, image.alt);
-    const button = h("button", { type: "button", class: "picture", "aria-label": `Picture ${i + 1}, open`, onclick: open }, image);
+    const button = h(
+      "button",
+      { type: "button", class: "picture", "aria-label": `Picture ${i + 1}, open`, onclick: open },
+      image,
+    );
     row.append(button);
     actions.picture(id).then((picture) => {
       if (picture) {
@@ -121,7 +142,15 @@ class AnswerView {
     this.calls = h("div", { class: "calls" });
     this.notes = h("div");
     this.foot = h("footer");
-    this.element = h("article", { class: "message answer", "aria-label": "Answer" }, this.details, this.prose, this.calls, this.notes, this.foot);
+    this.element = h(
+      "article",
+      { class: "message answer", "aria-label": "Answer" },
+      this.details,
+      this.prose,
+      this.calls,
+      this.notes,
+      this.foot,
+    );
     this.liveThoughts = new LiveMarkdown(this.thoughts);
     this.liveProse = new LiveMarkdown(this.prose);
     this.isLast = false;
@@ -163,11 +192,17 @@ class AnswerView {
   noteNodes() {
     const { state, error, isCut, text, calls } = this.message;
     if (state === "failed") {
-      const again = h("button", { type: "button", class: "plain", onclick: () => this.actions.regenerate(this.message) }, "Try again");
+      const again = h(
+        "button",
+        { type: "button", class: "plain", onclick: () => this.actions.regenerate(this.message) },
+        "Try again",
+      );
       return [h("div", { class: "error", role: "alert" }, h("p", {}, error.message), again)];
     }
-    if (state === "stopped") return [h("p", { class: "note" }, text ? "Stopped." : "Stopped before it began.")];
-    if (isCut) return [h("p", { class: "note" }, "Cut off: the answer reached the most tokens that it may have.")];
+    if (state === "stopped")
+      return [h("p", { class: "note" }, text ? "Stopped." : "Stopped before it began.")];
+    if (isCut)
+      return [h("p", { class: "note" }, "Cut off: the answer reached the most tokens that it may have.")];
     return text || calls.length ? [] : [h("p", { class: "note" }, "The model said nothing.")];
   }
 
@@ -184,12 +219,24 @@ class AnswerView {
 
   resultsForm() {
     const { calls } = this.message;
-    const areas = calls.map((call) => h("textarea", { rows: 2, required: true, "aria-label": `Result of ${call.name}`, placeholder: `What ${call.name} returned` }));
+    const areas = calls.map((call) =>
+      h("textarea", {
+        rows: 2,
+        required: true,
+        "aria-label": `Result of ${call.name}`,
+        placeholder: `What ${call.name} returned`,
+      }),
+    );
     const submit = (event) => {
       event.preventDefault();
       this.actions.results(calls.map(({ id, name }, i) => ({ id, name, text: areas[i].value })));
     };
-    return h("form", { class: "results", onsubmit: submit }, areas, h("button", { class: "primary" }, calls.length > 1 ? "Send the results" : "Send the result"));
+    return h(
+      "form",
+      { class: "results", onsubmit: submit },
+      areas,
+      h("button", { class: "primary" }, calls.length > 1 ? "Send the results" : "Send the result"),
+    );
   }
 }
 
@@ -200,13 +247,26 @@ const short = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 function figureList({ tokens, firstS, perSecond, prompt, cached, image, reasoning }) {
   const share = prompt ? Math.round((100 * cached) / prompt) : 0;
   const items = [
-    [`${whole.format(tokens)} tokens`, reasoning ? `${whole.format(reasoning)} of them thoughts` : "length of the answer"],
+    [
+      `${whole.format(tokens)} tokens`,
+      reasoning ? `${whole.format(reasoning)} of them thoughts` : "length of the answer",
+    ],
     perSecond && [`${short.format(perSecond)} tok/s`, "speed after the first token"],
-    [`first after ${firstS < 1 ? `${Math.round(1000 * firstS)} ms` : `${short.format(firstS)} s`}`, "time from sending to the first token"],
-    [`prompt ${whole.format(prompt)}`, image ? `${whole.format(image)} of them pictures` : "tokens of the question and all before it"],
+    [
+      `first after ${firstS < 1 ? `${Math.round(1000 * firstS)} ms` : `${short.format(firstS)} s`}`,
+      "time from sending to the first token",
+    ],
+    [
+      `prompt ${whole.format(prompt)}`,
+      image ? `${whole.format(image)} of them pictures` : "tokens of the question and all before it",
+    ],
     cached && [`${share} % cached`, `${whole.format(cached)} prompt tokens were known from before`],
   ];
-  return h("ul", { class: "figures", "aria-label": "Figures" }, items.filter(Boolean).map(([text, title]) => h("li", { title }, text)));
+  return h(
+    "ul",
+    { class: "figures", "aria-label": "Figures" },
+    items.filter(Boolean).map(([text, title]) => h("li", { title }, text)),
+  );
 }
 
 function callFigure({ name, arguments: given }) {
@@ -216,19 +276,40 @@ function callFigure({ name, arguments: given }) {
   } catch {
     // shown as it is
   }
-  const head = h("figcaption", {}, h("span", {}, "calls ", h("b", {}, name)), copyButton(() => shown, "Copy the arguments"));
-  return h("figure", { class: "code call" }, head, h("pre", { tabIndex: 0, role: "group", "aria-label": `Arguments of ${name}` }, h("code", {}, shown)));
+  const head = h(
+    "figcaption",
+    {},
+    h("span", {}, "calls ", h("b", {}, name)),
+    copyButton(() => shown, "Copy the arguments"),
+  );
+  return h(
+    "figure",
+    { class: "code call" },
+    head,
+    h("pre", { tabIndex: 0, role: "group", "aria-label": `Arguments of ${name}` }, h("code", {}, shown)),
+  );
 }
 
 function malformedFigure(text) {
-  return h("figure", { class: "code call" }, h("figcaption", {}, "a call that cannot be read"), h("pre", {}, h("code", {}, text)));
+  return h(
+    "figure",
+    { class: "code call" },
+    h("figcaption", {}, "a call that cannot be read"),
+    h("pre", {}, h("code", {}, text)),
+  );
 }
 
 class ToolView {
   constructor(message) {
     this.message = message;
     const results = message.results.map(({ name, text }) =>
-      h("figure", { class: "code call" }, h("figcaption", {}, h("span", {}, h("b", {}, name), " returned")), h("pre", {}, h("code", {}, text))));
+      h(
+        "figure",
+        { class: "code call" },
+        h("figcaption", {}, h("span", {}, h("b", {}, name), " returned")),
+        h("pre", {}, h("code", {}, text)),
+      ),
+    );
     this.element = h("article", { class: "message tool", "aria-label": "Results of tools" }, results);
   }
 
