@@ -39,7 +39,7 @@ class Service:
         self.stats: Stats = engine.stats()
         self.step_began_s: float | None = None
         self._compilers = ThreadPoolExecutor(COMPILERS, "gemcut-grammar")
-        self._compiling: set[str] = set()  # jobs whose grammar is not there yet
+        self._compiling: dict[str, Job] = {}  # those whose grammar is not there yet
         self._lock = threading.Lock()
 
     def submit(self, job: Job, refuse: Refuse) -> None:
@@ -53,14 +53,13 @@ class Service:
             self._orders.put(lambda: self._add(job, refuse, grammar))
             return
         with self._lock:
-            self._compiling.add(job.request_id)
+            self._compiling[job.request_id] = job
         self._compilers.submit(self._compile, job, refuse)
 
     def abort(self, request_id: str) -> None:
         """End a job; its last update, or its refusal, follows. Nothing happens if it has ended."""
         with self._lock:
-            if request_id in self._compiling:
-                self._compiling.remove(request_id)
+            if self._compiling.pop(request_id, None) is not None:
                 return
             self._orders.put(lambda: self._engine.abort(request_id))
 
@@ -98,8 +97,8 @@ class Service:
             log.exception("the grammar of request %s could not be compiled", job.request_id)
             failure = GemcutError("The engine failed on this request.")
         with self._lock:  # an abort comes before this, or finds its order behind ours
-            if job.request_id in self._compiling:
-                self._compiling.remove(job.request_id)
+            if self._compiling.get(job.request_id) is job:  # not another one that took the id since
+                del self._compiling[job.request_id]
             else:
                 failure = GemcutError("The request was aborted.")
             if failure is None:

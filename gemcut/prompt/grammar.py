@@ -152,8 +152,13 @@ class Grammars:
         self.num_compiled = 0
 
     def prepare(self) -> None:
-        """Read the vocabulary now: with 262,144 tokens it takes seconds, in which no other thread runs."""
-        self._build()
+        """Read the vocabulary now: with 262,144 tokens it takes seconds, in which no other thread runs.
+
+        The process of the trials reads it as well, after the return and beside whatever comes then. Raises
+        InvalidRequest if structured output is not supported with this tokenizer.
+        """
+        _, pool, _ = self._build()
+        pool.submit([LLMatcher.grammar_from_regex("a").encode()])
 
     def close(self) -> None:
         """End the process of the trials. May be called again."""

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from gemcut.engine.loop import Engine, Job, Update
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
 from gemcut.engine.service import Service
-from gemcut.errors import GemcutError
+from gemcut.errors import GemcutError, InvalidRequest
 from gemcut.sampling import SamplingParams
 from gemcut.server import logs, wire
 
@@ -134,6 +134,7 @@ def start_engine(message: wire.Start) -> tuple[Engine, wire.Started]:
     files = llm.open_files(message.config)
     engine, used = llm.start_engine(message.config, files, max_waiting=message.max_waiting)
     warm_up(engine, files)
+    prepare_grammars(engine)
     facts = {field.name: str(getattr(used, field.name)) for field in dataclasses.fields(used)}
     return engine, wire.Started(engine.scheduler.limits.max_model_len, facts)
 
@@ -147,6 +148,14 @@ def warm_up(engine: Engine, files: ModelFiles) -> None:
         for update in engine.step():
             if update.output is not None and update.output.outputs[0].finish_reason != "length":
                 raise GemcutError(f"The first forward pass failed: {update.output.outputs[0].error}")
+
+
+def prepare_grammars(engine: Engine) -> None:
+    """Read the vocabulary before anybody waits for it, or for a step beside it."""
+    try:
+        engine.grammars.prepare()
+    except InvalidRequest as error:
+        log.warning("requests for a form of the answer will be refused: %s", error)
 
 
 def read_orders(orders: Orders, desk: Desk, service: Service) -> None:

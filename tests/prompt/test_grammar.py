@@ -286,6 +286,21 @@ def test_cache(tmp_path):
         made.compile(StructuredOutputs(choice=["z"]))
 
 
+def test_prepared_before_the_first_grammar(tmp_path):
+    made, _ = make(tmp_path, byte_level())
+    made.prepare()
+    assert made._built is not None
+    _, pool, _ = made._built
+    begun = time.monotonic()
+    while not pool.pids():
+        assert time.monotonic() - begun < 10
+        time.sleep(0.01)
+    pids = pool.pids()
+    assert made.compile(StructuredOutputs(choice=["a"]))
+    assert pool.pids() == pids
+    made.close()
+
+
 def test_no_process_and_no_descriptor_stays(tmp_path):
     descriptors = len(os.listdir("/proc/self/fd"))
     made, _ = make(tmp_path, byte_level())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
-from server_rig import DATA_URI, Server
+from server_rig import DATA_URI, Server, until
 
 QUESTION: list[Any] = [
     {
@@ -172,6 +173,19 @@ def test_a_seed_draws_the_same_again(demo: Server) -> None:
     assert drawn(7) == drawn(7)
     assert len(set(drawn(7))) == 3
     assert drawn(7) != drawn(8)
+
+
+def test_the_first_form_finds_the_vocabulary_read() -> None:
+    """With Gemma's 262,144 tokens that takes seconds."""
+    with Server.demo() as server:
+        threads = Path(f"/proc/{server.engine_pid}/task")
+
+        def trying() -> bool:
+            children = [pid for at in threads.glob("*/children") for pid in at.read_text().split()]
+            names = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children]
+            return any("gemcut.prompt.grammar_main" in name for name in names)
+
+        until(trying, 10.0, server.log)
 
 
 def test_a_schema_rules_the_answer(demo: Server) -> None:
