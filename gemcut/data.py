@@ -6,6 +6,7 @@ prompt's `Span`s say which positions hold which medium's soft tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -184,6 +185,16 @@ class Step:
     seats: tuple[Seat, ...] = ()
     encode: tuple[EncodeItem, ...] = ()
     free_media: tuple[bytes, ...] = ()
+
+
+@dataclass(slots=True)
+class ForwardCounts:
+    """Which way a runner's forwards took since it started: `replays` of graphs by kind, `eager` ones by
+    reason, and the graphs that it went without, `dropped`, by reason."""
+
+    replays: Counter[str] = field(default_factory=Counter)
+    eager: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)

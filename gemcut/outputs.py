@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,7 +89,8 @@ class Stats:
 
     prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and those found.
     encoder_tokens: soft tokens held by sequences, and cached in all. encoder_hits, encoder_misses: media
-    that were there encoded, and those that had to be.
+    that were there encoded, and those that had to be. graph_replays, by kind, and eager_forwards, by reason:
+    how steps were launched. dropped_graphs: what the runner goes without, by reason.
     """
 
     running: int
@@ -102,3 +104,6 @@ class Stats:
     encoder_tokens: tuple[int, int]
     encoder_hits: int
     encoder_misses: int
+    graph_replays: Mapping[str, int] = field(default_factory=dict)
+    eager_forwards: Mapping[str, int] = field(default_factory=dict)
+    dropped_graphs: Mapping[str, int] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,6 @@ from gemcut.data import POOL, ImagePatches, Prompt, Span, Step, StepResult
 from gemcut.demo import CHECKPOINT
 from gemcut.engine.loop import Job
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
-from gemcut.engine.protocol import Runner
 from gemcut.errors import ConfigError
 from gemcut.hub import read_config
 from gemcut.llm import open_files, start_engine
@@ -85,6 +84,10 @@ class Gemcut:
         return self.runner.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.runner.model.parameters()).dtype
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and answer."""
         return self.engine.scheduler.limits.longest
@@ -133,7 +136,7 @@ class Gemcut:
         if self.device.type != "cuda":
             yield spans
             return
-        timed = _TimedRunner(self.runner)
+        timed = _TimedRunner(self)
         self.engine.runner = timed
         try:
             yield spans
@@ -157,6 +160,26 @@ class Gemcut:
                 self.engine.abort(str(index))
             self._drain()
 
+    def device_ms(self, call: Callable[[], Any]) -> float:
+        """Milliseconds that a call takes on the GPU when it need not wait for the host."""
+        start, stop = self.held(call)
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    def held(self, call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """The events before and after a call, behind something that holds its stream up for a while."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self.on_stream():
+            torch.cuda._sleep(int(HELD_S * CYCLES_PER_S))
+            start.record()
+            call()
+            stop.record()
+        return start, stop
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """The stream that the runner works on."""
+        return torch.cuda.stream(getattr(self.runner, "stream", None))  # type: ignore[arg-type]
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -176,32 +199,16 @@ class Gemcut:
 class _TimedRunner:
     """Passes steps on, and keeps the CUDA events before and after each."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
+    def __init__(self, contender: Gemcut) -> None:
+        self.contender, self.runner = contender, contender.runner
+        self.counts = self.runner.counts
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
-        self.events.append(_held(lambda: self.runner.launch(step, masks)))
+        self.events.append(self.contender.held(lambda: self.runner.launch(step, masks)))
 
     def collect(self) -> StepResult:
         return self.runner.collect()
-
-
-def device_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds that a call takes on the GPU when it need not wait for the host."""
-    start, stop = _held(call)
-    stop.synchronize()
-    return start.elapsed_time(stop)
-
-
-def _held(call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """The events before and after a call, behind something that holds the stream up while it is launched."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(HELD_S * CYCLES_PER_S))
-    start.record()
-    call()
-    stop.record()
-    return start, stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

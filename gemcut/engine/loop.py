@@ -196,7 +196,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Counters and holdings as of now."""
-        scheduler, memory = self.scheduler, self.scheduler.memory
+        scheduler, memory, counts = self.scheduler, self.scheduler.memory, self.runner.counts
 
         def pages(pool: PagePool | None) -> tuple[int, int, int]:
             return (0, 0, 0) if pool is None else (pool.num_free, pool.num_cached, pool.num_used)
@@ -213,6 +213,9 @@ class Engine:
             encoder_tokens=(memory.encoder.num_held, memory.encoder.num_tokens),
             encoder_hits=memory.encoder.num_hits,
             encoder_misses=memory.encoder.num_misses,
+            graph_replays=dict(counts.replays),
+            eager_forwards=dict(counts.eager),
+            dropped_graphs=dict(counts.dropped),
         )
 
     def step(self) -> list[Update]:

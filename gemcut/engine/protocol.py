@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gemcut.data import Step, StepResult
+from gemcut.data import ForwardCounts, Step, StepResult
 
 
 class Runner(Protocol):
@@ -16,6 +16,9 @@ class Runner(Protocol):
     That order is a promise the scheduler builds on: a page or an encoder entry that the plan of
     step n + 1 gives to somebody else may still be read by step n, which runs before.
     """
+
+    @property
+    def counts(self) -> ForwardCounts: ...
 
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
         """Start the step and return; it may still be running when the next one is launched.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from gemcut.plan import Rope
 
 
+@cache  # one tensor for all steps: it depends on neither
 def text_inv_freq(rope: Rope, device: torch.device) -> torch.Tensor:
     """theta^(-2i/D) for the angles that turn; fp32 [live_angles].
 

@@ -140,7 +140,7 @@ class Inputs:
         query_start[1 : num_rows + 1] = ends
         query_start[num_rows + 1 :] = total
         field("seq_lens", num_rows)[:] = starts + counts
-        field("drawn", size.rows)[:] = self.tables.num_slots
+        field("drawn", self.max_rows)[:] = self.tables.num_slots
         num_drawn = len(draws.slots)
         field("ends", num_drawn)[:] = ends[draws.rows] - 1
         field("drawn", num_drawn)[:] = draws.slots
@@ -193,6 +193,11 @@ class Inputs:
             soft=self.soft[: size.tokens] if size.media else None,
             soft_rows=field("soft_rows", size.tokens) if size.media else None,
         )
+
+    def pretend_soft(self, size: Size, some: slice) -> None:
+        """Let these tokens of `batch(size)` take what stands in their places in `soft`, whatever they are."""
+        places = torch.arange(some.start, some.stop, device=self.block.device)
+        self._field(self.block, "soft_rows", size.tokens, size.tokens)[some] = places
 
     def ends(self, count: int) -> torch.Tensor:
         """int64 [count], places of the tokens whose logits are wanted; those of padding are 0."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from gemcut.data import Row, Step, StepResult
+from gemcut.data import ForwardCounts, Row, Step, StepResult
 from gemcut.errors import ConfigError
+from gemcut.kernels import paged_attention
 from gemcut.models.gemma4.model import Gemma4
+from gemcut.models.gemma4.text import Attend
 from gemcut.runner.batch import Inputs, PageTables, Size
+from gemcut.runner.capture import Capture
+from gemcut.runner.checks import RandomChecks
 from gemcut.runner.encode import SoftTokens
+from gemcut.runner.graphs import HEADS, Graphs, Kind, build, decode_sizes, other_sizes
 from gemcut.runner.kv import KVPools, PoolSizes
 from gemcut.runner.sample import Draws, Ranked, Sampler, choose, is_broken, top_logprobs
 from gemcut.runner.upload import upload
@@ -39,10 +44,7 @@ class _Launched:
 
 
 class ModelRunner:
-    """The runner of the engine's protocol, over one model on one device.
-
-    Everything runs on a stream of its own, the one that graphs are captured on.
-    """
+    """The runner of the engine's protocol, over one model on one device."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ModelRunner:
             raise ConfigError(
                 f"{type(model).__name__} declares no text_backbone(): the runner has nothing to run."
             )
-        self.model, self.device, self.dtype = model, device, dtype
+        self.model, self.device, self.max_model_len = model, device, max_model_len
         self.decoder = backbone()
         text = model.plan.text
         self.kv = KVPools(text, sizes, device, dtype)
@@ -74,26 +76,62 @@ class ModelRunner:
         # what the forward leaves to the head, and the head to the host
         self.picked = torch.zeros(max_num_seqs + 1, text.hidden, device=device, dtype=dtype)
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self.stream is not None:
-            torch.cuda.synchronize(device)  # what was loaded and made above was so on another stream
+        self.graphs = Graphs()
         self._launched: deque[_Launched] = deque()
+
+    @property
+    def counts(self) -> ForwardCounts:
+        return self.graphs.counts
+
+    @torch.inference_mode()
+    def capture(self, kinds: Sequence[Kind], most_bytes: int, make: Callable[[], Capture]) -> None:
+        """Make graphs of all sizes before the first step; see `graphs.build`. make: called when everything
+        has run at its largest."""
+        inputs, pages = self.inputs, self.tables.width
+        checks = RandomChecks(
+            self.model.plan.text, inputs, self.kv, self.picked, self.tokens, self.max_model_len
+        )
+        decodes = decode_sizes(self.tables.num_slots, pages)
+        others = other_sizes(inputs.max_tokens, self.tables.num_slots, pages, media=len(inputs.soft) > 0)
+        # captures need a stream of their own; what they are compared with runs there too, with the same
+        # workspaces
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # type: ignore[arg-type]  # None leaves it as it is
+            for size in (decodes[-1], others[-1]):
+                checks.forward(size, lambda size=size: self.forward(size))
+            for max_top_k in HEADS:
+                checks.head(decodes[-1].rows, max_top_k, lambda k=max_top_k: self.head(decodes[-1].rows, k))
+            self.graphs = build(
+                kinds,
+                decodes,
+                others,
+                forward=self.forward,
+                head=self.head,
+                capture=make(),
+                checks=checks,
+                most_bytes=most_bytes,
+            )
+            checks.clean()
+        if side is not None:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
         """Start a step. `masks`: slot -> the ids that its grammar admits next, as an int32 bitmask."""
-        with torch.cuda.stream(self.stream):  # type: ignore[arg-type]  # None leaves it as it is
-            for key in step.free_media:
-                self.soft.free(key)
-            if step.encode:
-                self.soft.encode(step.encode)
-            for seat in step.seats:
-                self.sampler.seat(seat)
-            self.tables.enter(step.seats, step.rows)
-            launched = self._run(step, masks or {})
-            if self.stream is not None:
-                launched.done = torch.cuda.Event()
-                launched.done.record()
+        for key in step.free_media:
+            self.soft.free(key)
+        if step.encode:
+            self.soft.encode(step.encode)
+        for seat in step.seats:
+            self.sampler.seat(seat)
+        self.tables.enter(step.seats, step.rows)
+        launched = self._run(step, masks or {})
+        if self.device.type == "cuda":
+            launched.done = torch.cuda.Event()
+            launched.done.record()
         self._launched.append(launched)
 
     def collect(self) -> StepResult:
@@ -123,12 +161,22 @@ class ModelRunner:
     def _run(self, step: Step, masks: Mapping[int, np.ndarray]) -> _Launched:
         if not step.rows:
             return _Launched(step.number, [], torch.empty(0, dtype=torch.int64))
-        draws = self.sampler.draws(step.rows, masks)
-        size = self._size(step.rows)
-        self.inputs.fill(step.rows, size, self.soft, draws)
-        hidden = self.forward(size)
+        rows, counts = step.rows, self.graphs.counts
+        draws = self.sampler.draws(rows, masks)
         launched = _Launched(step.number, draws.slots, self.tokens[:0])
-        launched.prompt_logprobs = self._prompt_logprobs(step.rows, hidden)
+        # a graph leaves no hidden states but those that are sampled from
+        asks = any(self.sampler.params(row.slot).prompt_logprobs is not None for row in rows)
+        graph = None if asks else self.graphs.find(rows)
+        size = self._size(rows) if graph is None else graph.size
+        self.inputs.fill(rows, size, self.soft, draws)
+        if graph is not None:
+            graph.replay()
+            counts.replays[graph.kind] += 1
+        else:
+            hidden = self.forward(size)
+            launched.prompt_logprobs = self._prompt_logprobs(rows, hidden)
+            why = "no graph of this size" if len(self.graphs) else "no graphs"
+            counts.eager["prompt logprobs" if asks else why] += 1
         if draws.slots:
             self._draw(draws, masks, launched)
         return launched
@@ -141,12 +189,12 @@ class ModelRunner:
         media = any(row.spans for row in rows)
         return Size(sum(row.count for row in rows), len(rows), pages, media)
 
-    def forward(self, size: Size) -> torch.Tensor:
+    def forward(self, size: Size, attend: Attend = paged_attention) -> torch.Tensor:
         """Run the decoder on what was filled in. Rows that sample leave their hidden states in `picked`.
 
         Returns the hidden states [size.tokens, H] of all tokens.
         """
-        hidden = self.decoder(self.inputs.batch(size), self.kv.layers)
+        hidden = self.decoder(self.inputs.batch(size), self.kv.layers, attend)
         torch.index_select(hidden, 0, self.inputs.ends(size.rows), out=self.picked[: size.rows])
         return hidden
 
@@ -158,10 +206,15 @@ class ModelRunner:
 
     def _draw(self, draws: Draws, masks: Mapping[int, np.ndarray], launched: _Launched) -> None:
         count = len(draws.slots)
-        logits = self.decoder.logits(self.picked[:count])
-        sampled = self.sampler.draw(logits, draws, self.inputs.draws(count), masks)
-        self._keep(sampled.tokens, sampled.broken)
-        launched.logprobs, launched.wanted = sampled.logprobs, sampled.wanted
+        replay = self.graphs.find_head(count, draws.max_top_k) if draws.plain else None
+        if replay is not None:
+            replay()
+            self.graphs.counts.replays["head"] += 1
+        else:
+            logits = self.decoder.logits(self.picked[:count])
+            sampled = self.sampler.draw(logits, draws, self.inputs.draws(count), masks)
+            self._keep(sampled.tokens, sampled.broken)
+            launched.logprobs, launched.wanted = sampled.logprobs, sampled.wanted
         # a copy: the next step writes its tokens to the same place
         launched.tokens = self.tokens[:count].to("cpu", non_blocking=True, copy=True)
 

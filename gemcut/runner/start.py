@@ -18,12 +18,15 @@ from gemcut.models.checkpoint import LoadReport, load
 from gemcut.models.gemma4.model import Gemma4
 from gemcut.models.weight_sources import WeightSource
 from gemcut.plan import ModelPlan, TextPlan, kv_bytes
+from gemcut.runner.capture import Recorder
+from gemcut.runner.graphs import FINE_FROM, Kind, padding_waste
 from gemcut.runner.kv import PoolSizes
 from gemcut.runner.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
+GRAPH_BYTES = 1 << 30  # of the launches that graphs hold
 LEAST_CAPABILITY = (8, 0)  # bf16 products: Ampere and newer
 AUTO_NUMERICS = "reference"  # no kernel rounds more often than the reference, so this is never less exact
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,10 +69,8 @@ def start(
     device, switched_off = choose_device(config.device)
     backend, without = choose_backend(config, device)
     switched_off += without
-    if config.graphs in ("full", "piecewise"):
-        raise ConfigError(f"graphs cannot be {config.graphs!r} yet: the runner captures none.")
-    if device.type == "cuda" and config.graphs == "auto":
-        switched_off += (("CUDA graphs", "they are not built yet; operations are launched one by one"),)
+    kinds, without = choose_graphs(config, backend, device)
+    switched_off += without
     dtype, dtype_name = choose_dtype(config.dtype, stored_dtype, device)
     with torch.device("meta"):
         model = Gemma4(plan, backend)
@@ -78,7 +79,12 @@ def start(
     value_bytes = dtype.itemsize
     max_model_len = min(config.max_model_len or plan.text.max_positions, plan.text.max_positions)
     largest = max(config.max_num_batched_tokens, largest_block(plan))
-    budget = config.kv_bytes or kv_budget(config, plan, device, value_bytes, max_model_len, largest)
+    work_bytes = step_bytes(plan.text, largest, config.max_num_seqs, value_bytes)
+    # a pool of their own as large as a step's, and what they consist of
+    graph_bytes = work_bytes + GRAPH_BYTES if kinds else 0
+    budget = config.kv_bytes or kv_budget(
+        config, plan, device, value_bytes, max_model_len, largest, work_bytes, graph_bytes
+    )
     sizes = PoolSizes.within(
         plan.text,
         budget,
@@ -99,14 +105,17 @@ def start(
         device=device,
         dtype=dtype,
     )
-    seconds = time.perf_counter() - began
+    loaded_s = time.perf_counter() - began
+    if kinds:
+        runner.capture(kinds, graph_bytes, lambda: Recorder(device))
+        switched_off += tuple((f"graph for {what}", why) for what, why in runner.graphs.dropped)
     used = Used(
         device=describe(device),
         dtype=dtype_name,
         kernels=backend.kernels,
         numerics=backend.numerics,
-        graphs="off",
-        load_s=seconds,
+        graphs=runner.graphs.kinds,
+        load_s=loaded_s,
         kv_tokens=sizes.full_pages * sizes.page_size,
         switched_off=switched_off,
     )
@@ -115,11 +124,25 @@ def start(
         loaded.bytes / 1e9,
         used.device,
         dtype_name,
-        seconds,
+        loaded_s,
         sizes.bytes(plan.text, value_bytes) / 1e9,
         f"{used.kv_tokens:,}",
         what_fits(plan.text, sizes, config.max_num_seqs, max_model_len),
     )
+    if kinds:
+        graphs = runner.graphs
+        log.info(
+            "%d graphs (%s) of steps of up to %s tokens take %.2f GB and took %.1f s; at most %.0f %% of a "
+            "step of more than %d tokens is padding; %d were dropped",
+            len(graphs),
+            graphs.kinds,
+            f"{max((graph.size.tokens for graph in graphs.others), default=0):,}",
+            graphs.num_bytes / 1e9,
+            graphs.seconds,
+            100 * padding_waste([graph.size for graph in graphs.others]),
+            FINE_FROM,
+            len(graphs.dropped),
+        )
     return Started(runner, sizes, max_model_len, loaded, used)
 
 
@@ -177,6 +200,30 @@ def choose_backend(config: EngineConfig, device: torch.device) -> tuple[Backend,
     return Backend(kernels, numerics, config.deterministic), without
 
 
+def choose_graphs(
+    config: EngineConfig, backend: Backend, device: torch.device
+) -> tuple[tuple[Kind, ...], tuple[tuple[str, str], ...]]:
+    """The kinds of graphs to try, in order, and what was given up.
+
+    Raises ConfigError for an order that cannot be kept.
+    """
+    if config.graphs == "off":
+        return (), ()
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = "they need a GPU"
+    elif backend.kernels == "torch":
+        obstacle = "the torch kernels wait for the device between launches"
+    if config.graphs != "auto":
+        if obstacle:
+            raise ConfigError(f"graphs cannot be {config.graphs!r}: {obstacle}. Use --graphs auto or off.")
+        return (config.graphs,), ()
+    if not obstacle:
+        return ("full", "piecewise"), ()
+    # a CPU misses nothing
+    return (), (("CUDA graphs", obstacle),) if device.type == "cuda" else ()
+
+
 def triton_obstacle(device: torch.device) -> str:
     """Why the triton kernels cannot run on a device; empty if they can."""
     if find_spec("triton") is None:
@@ -212,30 +259,35 @@ def kv_budget(
     value_bytes: int,
     max_model_len: int,
     largest: int,
+    work_bytes: int,
+    graph_bytes: int,
 ) -> int:
-    """Bytes for the KV cache when the config names none."""
+    """Bytes for the KV cache when the config names none: what the weights, a step's work and graphs leave."""
     if device.type == "cpu":
         return CPU_KV_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    text = plan.text
-    # the widest activations of one step, and the logits of all rows in fp32 with a sorted copy
+    budget = int(free - (1 - config.gpu_memory_utilization) * total) - work_bytes - graph_bytes
+    least = kv_bytes(plan.text, min(max_model_len, largest), value_bytes)
+    if budget < least:
+        graphs = f", graphs {graph_bytes / 1e9:.1f} GB (--graphs off)" if graph_bytes else ""
+        raise ConfigError(
+            f"After the weights {free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free; activations take "
+            f"{work_bytes / 1e9:.1f} GB{graphs}, and a KV cache of {least / 1e9:.1f} GB does not fit "
+            "beside them. Lower --max-num-batched-tokens or --max-num-seqs, or raise "
+            "--gpu-memory-utilization."
+        )
+    return budget
+
+
+def step_bytes(text: TextPlan, tokens: int, rows: int, value_bytes: int) -> int:
+    """Memory for a step's work: the widest activations, and fp32 logits of all rows with a sorted copy."""
     widest = max(
         max(layer.ff_width, (layer.q_heads + 2 * layer.kv_heads) * layer.head_dim) for layer in text.layers
     )
     experts = text.layers[0].experts
     expert_rows = 0 if experts is None else experts.top_k * (text.hidden + 3 * experts.width)
-    activations = largest * (8 * text.hidden + 4 * widest + 2 * expert_rows) * value_bytes
-    logits = config.max_num_seqs * text.vocab * 24
-    budget = int(free - (1 - config.gpu_memory_utilization) * total) - activations - logits
-    least = kv_bytes(text, min(max_model_len, largest), value_bytes)
-    if budget < least:
-        raise ConfigError(
-            f"After the weights {free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free; activations take "
-            f"{(activations + logits) / 1e9:.1f} GB, and a KV cache of {least / 1e9:.1f} GB does not fit "
-            "beside them. Lower --max-num-batched-tokens or --max-num-seqs, or raise "
-            "--gpu-memory-utilization."
-        )
-    return budget
+    activations = tokens * (8 * text.hidden + 4 * widest + 2 * expert_rows) * value_bytes
+    return activations + rows * text.vocab * 24
 
 
 def what_fits(text: TextPlan, sizes: PoolSizes, max_num_seqs: int, max_model_len: int) -> str:

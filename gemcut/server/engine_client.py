@@ -30,6 +30,7 @@ log = logging.getLogger("gemcut.server")
 MODULE = "gemcut.server.engine_main"
 # of `Stats`, what only grows
 COUNTERS = ("steps", "preemptions", "prefix_queries", "prefix_hits", "encoder_hits", "encoder_misses")
+LABELLED = ("graph_replays", "eager_forwards", "dropped_graphs")  # the same, by label
 State = Literal["starting", "ready", "restarting", "failed", "closed"]
 
 
@@ -111,7 +112,8 @@ class EngineClient:
         self.state: State = "starting"
         self.started: wire.Started | None = None
         self.stats: Stats | None = None
-        self.past: Counter[str] = Counter()  # what engines that died had counted
+        # what engines that died had counted, by field or by field and label
+        self.past: Counter[str | tuple[str, str]] = Counter()
         self.num_restarts = 0
         self.bad_frames = 0
         self.pid: int | None = None
@@ -176,6 +178,9 @@ class EngineClient:
             self.state = "restarting"
             if self.stats is not None:
                 self.past.update({name: getattr(self.stats, name) for name in COUNTERS})
+                for name in LABELLED:
+                    counts = getattr(self.stats, name)
+                    self.past.update({(name, label): count for label, count in counts.items()})
                 self.stats = None
             self._fail_all(EngineDied("The engine died while it worked on this request. Try again."))
             status = await self._bury()

@@ -7,6 +7,7 @@ passes. Engines that died keep their share of the totals.
 from __future__ import annotations
 
 import time
+from collections import Counter as Totals
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ class _Family:
     field: str
     name: str
     help: str
+    label: str = ""
 
 
 _COUNTERS = (
@@ -105,6 +107,11 @@ _COUNTERS = (
     _Family("prefix_hits", "prefix_cache_hits", "Prompt tokens found there."),
     _Family("encoder_hits", "mm_cache_hits", "Media that were there encoded."),
     _Family("steps", "engine_steps", "Forward passes."),
+)
+_LABELLED = (
+    _Family("graph_replays", "graph_replays", "CUDA graphs that were replayed.", "kind"),
+    _Family("eager_forwards", "eager_forwards", "Forward passes without a graph.", "reason"),
+    _Family("dropped_graphs", "dropped_graphs", "Graphs that the engine goes without.", "reason"),
 )
 
 
@@ -137,10 +144,24 @@ class _EngineCounters(Collector):
         yield gauge("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", _usage(stats))
         for family in _COUNTERS:
             yield counter(family.name, family.help, total(family.field))
+        for family in _LABELLED:
+            yield self._by_label(family)
         queries = total("encoder_hits") + total("encoder_misses")
         yield counter("mm_cache_queries", "Media looked up in the encoder cache.", queries)
         yield counter("engine_restarts", "Engines that died and were replaced.", client.num_restarts)
         yield counter("bad_frames", "Frames between the processes that were dropped.", client.bad_frames)
+
+    def _by_label(self, family: _Family) -> Metric:
+        totals: Totals[str] = Totals()
+        for key, count in self._client.past.items():
+            if isinstance(key, tuple) and key[0] == family.field:
+                totals[key[1]] += count
+        if self._client.stats is not None:
+            totals.update(getattr(self._client.stats, family.field))
+        made = CounterMetricFamily(f"gemcut:{family.name}", family.help, labels=["model_name", family.label])
+        for label, count in sorted(totals.items()):
+            made.add_metric([self._model, label], count)
+        return made
 
 
 def _usage(stats: Stats | None) -> float:

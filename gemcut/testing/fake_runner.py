@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from gemcut.data import EncodeItem, MediaSpan, PageRun, Row, Seat, Step, StepResult
+from gemcut.data import EncodeItem, ForwardCounts, MediaSpan, PageRun, Row, Seat, Step, StepResult
 from gemcut.engine.limits import Limits
 from gemcut.engine.sequence import End, Request, media_spans, vision_blocks
 
@@ -111,6 +111,7 @@ class FakeRunner:
         self._media_sizes: dict[bytes, int] = {}
         self._chairs: dict[int, _Chair] = {}
         self._results: deque[StepResult] = deque()
+        self.counts = ForwardCounts()
         self.num_steps = self.num_rows = self.num_tokens = self.num_errors = 0
 
     def know(self, request: Request) -> Truth:

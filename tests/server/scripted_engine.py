@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gemcut.data import Control, Segment, Step, StepResult, Text, TokenLogprobs
+from gemcut.data import Control, ForwardCounts, Segment, Step, StepResult, Text, TokenLogprobs
 from gemcut.engine import loop
 from gemcut.engine.answer import Answer
 from gemcut.engine.limits import Limits
@@ -78,6 +78,7 @@ class ScriptedRunner:
         self._ids = {name: tokenizer.encode(script).token_ids for name, script in SCRIPTS.items()}
         self._seats: dict[int, tuple[str, int, SlotSampling]] = {}
         self._results: deque[StepResult] = deque()
+        self.counts = ForwardCounts()
 
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
         for seat in step.seats:

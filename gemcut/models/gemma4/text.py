@@ -5,7 +5,7 @@ x is the residual stream, h is x normed for this layer by the operation that clo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -33,6 +33,8 @@ from gemcut.nn.norm import Norm
 from gemcut.nn.rope import text_inv_freq
 from gemcut.plan import ExpertsPlan, LayerPlan, TextPlan
 
+Attend = Callable[..., torch.Tensor]  # called as `paged_attention` is: where a runner cuts graphs
+
 
 class Attention(nn.Module):
     """q, k, v to pages, attention over them, output projection."""
@@ -50,7 +52,13 @@ class Attention(nn.Module):
         self.sees_blocks = text.bidirectional_vision and layer.kind == "sliding"
 
     def forward(
-        self, h: torch.Tensor, rope: torch.Tensor, rows: PagedRows, kv: LayerKV, batch: Batch
+        self,
+        h: torch.Tensor,
+        rope: torch.Tensor,
+        rows: PagedRows,
+        kv: LayerKV,
+        batch: Batch,
+        attend: Attend = paged_attention,
     ) -> torch.Tensor:
         q = prepare_qkv(  # B
             self.qkv_proj(h),  # G1
@@ -64,7 +72,7 @@ class Attention(nn.Module):
             eps=self.eps,
             backend=self.backend,
         )
-        o = paged_attention(
+        o = attend(
             q,
             kv.k_pages,
             kv.v_pages,
@@ -132,9 +140,10 @@ class DenseLayer(nn.Module):
         rows: PagedRows,
         kv: LayerKV,
         batch: Batch,
+        attend: Attend = paged_attention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, h: [T, H]. Returns the stream after this layer, and normed by `next_norm`."""
-        a = self.self_attn(h, rope, rows, kv, batch)
+        a = self.self_attn(h, rope, rows, kv, batch, attend)
         x, h = add_norm(  # C
             x,
             a,
@@ -175,8 +184,9 @@ class MoELayer(DenseLayer):
         rows: PagedRows,
         kv: LayerKV,
         batch: Batch,
+        attend: Attend = paged_attention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        a = self.self_attn(h, rope, rows, kv, batch)
+        a = self.self_attn(h, rope, rows, kv, batch, attend)
         x, h, r, e = add_norm_moe(  # C-MoE
             x,
             a,
@@ -231,9 +241,10 @@ class Decoder(nn.Module):
         self.norm = Norm(plan.hidden)
         self.plan, self.backend = plan, backend
 
-    def forward(self, batch: Batch, kv: Sequence[LayerKV]) -> torch.Tensor:
+    def forward(self, batch: Batch, kv: Sequence[LayerKV], attend: Attend = paged_attention) -> torch.Tensor:
         """Run one step; K and V are written to the pages of `kv`, one entry a layer.
 
+        attend: called for `paged_attention`, with its arguments, by whoever does other things there as well.
         Returns the final normed hidden states [T, H].
         """
         # angles of each layer kind, once a step
@@ -259,7 +270,7 @@ class Decoder(nn.Module):
         )
         for plan, layer, next_norm in zip(self.plan.layers, layers, norms[1:], strict=True):
             rows = batch.sliding if plan.kind == "sliding" else batch.full
-            x, h = layer(x, h, next_norm, ropes[plan.kind], rows, kv[plan.kv_layer], batch)
+            x, h = layer(x, h, next_norm, ropes[plan.kind], rows, kv[plan.kv_layer], batch, attend)
         return h
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
