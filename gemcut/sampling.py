@@ -126,6 +126,7 @@ class SamplingParams:
     logprobs: this many likeliest tokens with each token, of the model's own distribution (before
     penalties and temperature); prompt_logprobs: the same for the prompt.
     seed: the same seed draws the same random numbers whatever else runs; None draws one.
+    max_thought_tokens: a thought that goes on for so long is closed; None lets it end by itself.
     structured_outputs: the form that the answer's text must have. It rules the reply behind its thought, if
     the model may think, and leaves no room for tool calls.
     Raises InvalidRequest naming the field that is out of range.
@@ -149,6 +150,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     seed: int | None = None
+    max_thought_tokens: int | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
@@ -173,6 +175,7 @@ class SamplingParams:
         _whole(self, "logprobs", 0, MAX_LOGPROBS)
         _whole(self, "prompt_logprobs", 0, MAX_LOGPROBS)
         _whole(self, "seed", -(2**63), 2**64 - 1)
+        _whole(self, "max_thought_tokens", 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}.", "min_tokens"
@@ -191,19 +194,21 @@ class SamplingParams:
                     f"logit_bias of token {token} must lie between -100 and 100, got {bias!r}.", "logit_bias"
                 )
 
-        if self.structured_outputs is not None:
-            self._check_structured()
+        if self.structured_outputs is not None or self.max_thought_tokens is not None:
+            self._check_ruled()
 
-    def _check_structured(self) -> None:
-        if not isinstance(self.structured_outputs, StructuredOutputs):
+    def _check_ruled(self) -> None:
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
             kind = type(self.structured_outputs).__name__
             raise InvalidRequest(
                 f"structured_outputs must be StructuredOutputs, got {kind}.", "structured_outputs"
             )
-        # each of these could leave no token at all: a complete grammar admits nothing but the end
+        # each of these could leave no token at all: a complete grammar admits nothing but the end, and a
+        # thought that is long enough nothing but its own
+        rule = "max_thought_tokens" if self.structured_outputs is None else "structured_outputs"
         for name, unset in (("min_tokens", 0), ("ignore_eos", False), ("allowed_token_ids", None)):
             if getattr(self, name) != unset:
-                raise InvalidRequest(f"{name} cannot be combined with structured_outputs.", name)
+                raise InvalidRequest(f"{name} cannot be combined with {rule}.", name)
 
     def check_ids(self, vocab: int) -> None:
         """Raise InvalidRequest if an id of the request lies outside a vocabulary of this size."""
@@ -219,7 +224,10 @@ class SamplingParams:
 
 
 OPEN = frozenset(
-    ("temperature", "top_k", "top_p", "max_tokens", "logprobs", "prompt_logprobs", "seed")
+    (
+        *("temperature", "top_k", "top_p", "max_tokens", "logprobs", "prompt_logprobs", "seed"),
+        "max_thought_tokens",
+    )
 )  # fields of SamplingParams that may be None
 COLDEST = 1e-30  # below this a quotient of logits may leave fp32; far above it the likeliest is certain
 

@@ -130,6 +130,7 @@ class Engine:
         )
         if params.structured_outputs is not None and grammar is None:
             grammar = self.grammars.compile(params.structured_outputs)
+        ruled = grammar is not None or params.max_thought_tokens is not None
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         now = time.monotonic()
         group = _Group(job, [], now)
@@ -154,15 +155,16 @@ class Engine:
                         priority=job.priority,
                         deadline_s=None if job.deadline_s is None else now + job.deadline_s,
                         salt=job.salt,
-                        waits_for_token=grammar is not None,
+                        waits_for_token=ruled,
                         reads_prefix=params.prompt_logprobs is None,
                         sampling=sampling,
                     ),
                     now,
                 )
                 submitted.append(sequence_id)
-                if grammar is not None:
-                    self._states[sequence_id] = self.grammars.begin(grammar, _phase(job.prompt))
+                if ruled:
+                    phase, longest = _phase(job.prompt), params.max_thought_tokens
+                    self._states[sequence_id] = self.grammars.begin(grammar, phase, longest)
                 group.answers.append(
                     Answer(
                         index,

@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,8 +139,11 @@ class Grammars:
         self._deadline_s, self._max_entries, self._max_bytes = deadline_s, max_entries, max_bytes
         self.num_words = -(-num_logits // 32)
         self._possible = self._bits(range(num_logits)) & ~self._bits(suppressed)
-        self._open, self._close = tokenizer.control_id("<|channel>"), tokenizer.control_id("<channel|>")
-        self._open_mask = self._bits([self._open])
+        self.opening_id, self.closing_id = (
+            tokenizer.control_id("<|channel>"),
+            tokenizer.control_id("<channel|>"),
+        )
+        self._open_mask, self._close_mask = self._bits([self.opening_id]), self._bits([self.closing_id])
         self.end_mask = self._bits(self._ends) & self._possible
         self.thought_mask = self.end_mask  # made with the vocabulary
         self._built: tuple[LLTokenizer, WorkerPool, LLExecutor] | None = None
@@ -202,35 +205,43 @@ class Grammars:
                 self._compiled.move_to_end(key)
             return grammar
 
-    def begin(self, grammar: Grammar, phase: Phase = "content") -> GrammarState:
+    def begin(
+        self, grammar: Grammar | None, phase: Phase = "content", max_thought_tokens: int | None = None
+    ) -> GrammarState:
         """The state of a new answer.
 
-        phase: "content" if the grammar rules from the first token on; "opening" if the model may think
-        first; "thought" if the prompt ends within a thought.
+        grammar: None if only the thought is ruled. phase: "content" if the grammar rules from the first token
+        on; "opening" if the model may think first; "thought" if the prompt ends within a thought.
+        max_thought_tokens: then the thought is closed; None for no bound.
         """
-        return GrammarState(self, grammar.prototype.deep_copy(), phase)
+        self._build()  # `thought_mask` is made of the vocabulary
+        matcher = None if grammar is None else grammar.prototype.deep_copy()
+        return GrammarState(self, matcher, phase, max_thought_tokens)
 
     def masks(self, states: Mapping[int, GrammarState]) -> dict[int, np.ndarray]:
         """The masks of several rows, computed side by side: key -> int32 words, low bit first."""
-        ruled = [state for state in states.values() if state.phase != "thought"]
+        ruled = [state.matcher for state in states.values() if state.matcher and state.phase != "thought"]
         words = np.zeros((len(ruled), self.num_words), dtype=np.int32)
         if len(ruled) > 1:
             _, _, executor = self._build()
             executor.unsafe_compute_mask_ptr(
-                [(state.matcher, i) for i, state in enumerate(ruled)],
+                [(matcher, i) for i, matcher in enumerate(ruled)],
                 words.ctypes.data,
                 words.strides[0],
                 len(ruled),
             )
         elif ruled:
-            ruled[0].matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            ruled[0].unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         rows = iter(words)
-        return {
-            key: self.thought_mask.copy() if state.phase == "thought" else self._admit(state, next(rows))
-            for key, state in states.items()
-        }
+        return {key: self._mask(state, rows) for key, state in states.items()}
 
-    def _admit(self, state: GrammarState, words: np.ndarray) -> np.ndarray:
+    def _mask(self, state: GrammarState, rows: Iterator[np.ndarray]) -> np.ndarray:
+        """The mask of a state; what its matcher admits is the next of the rows."""
+        if state.phase == "thought":
+            return (self._close_mask if state.thought_left == 0 else self.thought_mask).copy()
+        if state.matcher is None:
+            return self._possible.copy()
+        words = next(rows)
         words &= self._possible
         if state.error is not None:
             pass  # it stays as it is
@@ -280,7 +291,7 @@ class Grammars:
                     text = [i for i, token in enumerate(vocabulary.tokens) if token]
                     controls = self._bits(vocabulary.special_token_ids)
                     free = self._bits(text) & self._possible & ~controls
-                    self.thought_mask = free | self._bits([self._close])
+                    self.thought_mask = free | self._close_mask
                     # one process: a compilation takes milliseconds, and each holds a vocabulary
                     pool = WorkerPool(
                         CHILD, count=1, deadline_s=self._deadline_s, hello=vocabulary.hello(), max_waiting=64
@@ -294,23 +305,22 @@ class Grammars:
         flags[[i for i in ids if 0 <= i < self._num_logits]] = 1
         return np.packbits(flags, bitorder="little").view("<i4").astype(np.int32)
 
-    def _next_phase(self, phase: Phase, token_id: int) -> Phase | None:
-        """The phase behind a token that is no part of the content; None behind one that is."""
-        if phase == "opening" and token_id == self._open:
-            return "thought"
-        if phase == "thought":
-            return "content" if token_id == self._close else "thought"
-        return None
-
 
 class GrammarState:
-    """Where one answer stands in its grammar. `error`: why it cannot go on; it stays."""
+    """Where one answer stands in its grammar.
 
-    __slots__ = ("_grammars", "error", "matcher", "phase")
+    matcher: None if the content is free. thought_left: tokens that a thought may still take, None for any
+    number. error: why the answer cannot go on; it stays.
+    """
 
-    def __init__(self, grammars: Grammars, matcher: LLMatcher, phase: Phase) -> None:
+    __slots__ = ("_grammars", "error", "matcher", "phase", "thought_left")
+
+    def __init__(
+        self, grammars: Grammars, matcher: LLMatcher | None, phase: Phase, thought_left: int | None
+    ) -> None:
         self._grammars, self.matcher = grammars, matcher
         self.phase: Phase = phase
+        self.thought_left = thought_left
         self.error: str | None = None
 
     def mask(self) -> np.ndarray:
@@ -321,12 +331,17 @@ class GrammarState:
         """Go on by a sampled token. Returns the error, if there is one."""
         if self.error is not None:
             return self.error
-        behind = self._grammars._next_phase(self.phase, token_id)
-        if behind is not None:
-            self.phase = behind
+        if self.phase == "thought":
+            if token_id == self._grammars.closing_id:
+                self.phase = "content"
+            elif self.thought_left:
+                self.thought_left -= 1
+            return None
+        if token_id == self._grammars.opening_id and (self.phase == "opening" or self.matcher is None):
+            self.phase = "thought"
             return None
         self.phase = "content"
-        if not self.matcher.consume_token(token_id):
+        if self.matcher is not None and not self.matcher.consume_token(token_id):
             reason = first_line(self.matcher.get_error())
             self.error = f"The grammar refuses the token {token_id} that was drawn: {reason}."
         return self.error

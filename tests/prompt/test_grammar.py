@@ -151,6 +151,40 @@ def test_thoughts(both):
     assert admitted(within) == content
 
 
+@pytest.mark.parametrize("form", [None, StructuredOutputs(choice=["yes"])])
+def test_a_thought_that_is_long_enough_is_closed(both, form):
+    grammars, tokenizer = both
+    opener, closer = tokenizer.control_id("<|channel>"), tokenizer.control_id("<channel|>")
+    grammar = None if form is None else grammars.compile(form)
+    for phase in ("opening", "thought"):
+        state = grammars.begin(grammar, phase, max_thought_tokens=3)
+        if phase == "opening":
+            assert opener in admitted(state)
+            assert state.take(opener) is None
+        for token in tokenizer.encode_text("abc")[:1] * 3:
+            assert len(admitted(state)) > 1
+            assert state.take(token) is None
+        assert admitted(state) == [closer]
+        assert state.take(closer) is None
+        content = admitted(state)
+        assert closer not in content or form is None
+        assert (tokenizer.control_id("<|tool_call>") in content) == (form is None)
+
+
+def test_without_a_form_all_is_free_but_another_thought(both):
+    grammars, tokenizer = both
+    state = grammars.begin(None, "opening", max_thought_tokens=2)
+    everything = admitted(state)
+    assert {tokenizer.control_id("<turn|>"), tokenizer.control_id("<|channel>")} <= set(everything)
+    assert not set(everything) & set(tokenizer.encode_text("~"))  # suppressed
+    word = tokenizer.encode_text("a")[0]
+    assert state.take(word) is None
+    assert admitted(state) == everything
+    for token in (tokenizer.control_id("<|channel>"), word, word):
+        assert state.take(token) is None
+    assert admitted(state) == [tokenizer.control_id("<channel|>")]  # a late thought has a bound too
+
+
 def test_a_token_that_is_refused_stays_an_error(grammars):
     state = grammars.begin(grammars.compile(StructuredOutputs(regex="[0-9]+")))
     wrong = max(set(range(24, 200)) - set(admitted(state)))
@@ -342,9 +376,12 @@ def test_what_is_no_wish_is_refused(wanted, param):
 def test_wishes_that_exclude_each_other():
     wanted = StructuredOutputs(regex="a")
     for name, value in (("min_tokens", 2), ("ignore_eos", True), ("allowed_token_ids", [1])):
-        with pytest.raises(InvalidRequest, match="cannot be combined") as refused:
-            SamplingParams(structured_outputs=wanted, **{name: value})
-        assert refused.value.param == name
+        for rule in ({"structured_outputs": wanted}, {"max_thought_tokens": 5}):
+            with pytest.raises(
+                InvalidRequest, match=f"cannot be combined with {next(iter(rule))}"
+            ) as refused:
+                SamplingParams(**rule, **{name: value})
+            assert refused.value.param == name
     with pytest.raises(InvalidRequest, match="must be StructuredOutputs"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
 
