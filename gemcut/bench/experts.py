@@ -60,9 +60,7 @@ class ExpertCounter:
     @staticmethod
     def _start(owner: Gemcut) -> Gemcut:
         plan, limits = owner.plan.text, owner.engine.scheduler.limits
-        per_token = sum(
-            kv_bytes_per_token(plan, kind, owner.runner.dtype.itemsize) for kind in ("sliding", "full")
-        )
+        per_token = sum(kv_bytes_per_token(plan, kind, owner.dtype.itemsize) for kind in ("sliding", "full"))
         tokens = min(4096, limits.max_model_len) + 2 * limits.page_size
         return owner.sibling("expert counter", graphs="off", max_num_seqs=1, kv_bytes=2 * tokens * per_token)
 

@@ -48,7 +48,7 @@ def _row(contender: Gemcut) -> Row:
         device = total - free
     return Row(
         engine=contender.name,
-        planned=weight_bytes(contender.plan, runner.dtype.itemsize),
+        planned=weight_bytes(contender.plan, contender.dtype.itemsize),
         weights=_bytes(runner.model.parameters()),
         kv=_bytes(pages.values()),
         tokens=contender.used.kv_tokens,

@@ -48,7 +48,7 @@ class Session:
         tell(f"{device_name(self.device)}: {self.ceilings}")
         self.contenders = setup.start()
         first = self.contenders[0]
-        self.roofline = Roofline(first.plan, self.ceilings, first.runner.dtype.itemsize)
+        self.roofline = Roofline(first.plan, self.ceilings, first.dtype.itemsize)
         for contender in self.contenders:
             used = contender.used
             tell(

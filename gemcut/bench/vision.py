@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gemcut.bench.contender import Gemcut, by_turns, device_ms, picture_prompt, random_picture
+from gemcut.bench.contender import Gemcut, by_turns, picture_prompt, random_picture
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
 from gemcut.bench.timing import Times
@@ -100,7 +100,8 @@ def _items(count: int, soft: int, number: int) -> list[EncodeItem]:
 
 @torch.inference_mode()
 def _encode(contender: Gemcut, items: Sequence[EncodeItem]) -> None:
-    contender.runner.soft.encode(items)
+    with contender.on_stream():
+        contender.runner.soft.encode(items)
 
 
 def _forget(contender: Gemcut, items: Sequence[EncodeItem]) -> None:
@@ -114,7 +115,7 @@ def _encode_on_device(contender: Gemcut, count: int, soft: int) -> list[float]:
     spent = []
     for number in range(DEVICE_ROUNDS):
         items = _items(count, soft, number)
-        spent.append(device_ms(lambda items=items: _encode(contender, items)))
+        spent.append(contender.device_ms(lambda items=items: _encode(contender, items)))
         _forget(contender, items)
     return spent
 

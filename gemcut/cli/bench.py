@@ -83,12 +83,20 @@ class Invocation:
         return shlex.join(["gemcut", *sys.argv[1:]])
 
     def run(self, subjects: Sequence[str], sizes: Sizes) -> None:
-        """Measure, and print a table for each subject as soon as it is there."""
+        """Measure, and print a table for each subject as soon as it is there. One that fails does not keep
+        the others from being measured; its error comes at the end."""
         from gemcut.bench.session import Session
 
         session = Session(self.setup, command=self.command, records=self.records, tell=tell)
+        failures: list[Exception] = []
         for subject in subjects:
-            self.show(*session.run(subject, sizes))
+            try:
+                self.show(*session.run(subject, sizes))
+            except Exception as error:
+                failures.append(error)
+                tell(f"{subject} failed: {error}")
+        if failures:
+            raise failures[0]
 
     def show(self, record: Record, tables: Sequence[Table]) -> None:
         if self.json:
@@ -303,6 +311,9 @@ def all_(
     ] = None,
     tokens: Tokens = None,
     batches: Batches = None,
+    cached: Cached = 1024,
+    new: NewTokens = 128,
+    requests: Requests = 256,
 ) -> None:
     """Several subjects in one process, on one set of weights."""
     from gemcut.bench.session import SUBJECTS, Sizes
@@ -311,7 +322,8 @@ def all_(
     if unknown := [word for word in wanted if word not in SUBJECTS]:
         raise typer.BadParameter(f"There is no {', '.join(unknown)}. Choose from {', '.join(SUBJECTS)}.")
     subjects = [subject for subject in SUBJECTS if subject in wanted]
-    bench.run(subjects, Sizes(tokens=tokens, batches=batches))
+    sizes = Sizes(tokens=tokens, batches=batches, cached=cached, new_tokens=new, requests=requests)
+    bench.run(subjects, sizes)
 
 
 @app.command()
