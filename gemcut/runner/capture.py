@@ -43,7 +43,6 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()
         self._free_bytes = torch.cuda.mem_get_info(device)[0]
 
     def full(self, run: Run) -> Replay:

@@ -165,7 +165,7 @@ class ModelRunner:
         draws = self.sampler.draws(rows, masks)
         launched = _Launched(step.number, draws.slots, self.tokens[:0])
         # a graph leaves no hidden states but those that are sampled from
-        asks = any(self.sampler.params(row.slot).prompt_logprobs is not None for row in rows)
+        asks = any(self._num_asked(row) for row in rows)
         graph = None if asks else self.graphs.find(rows)
         size = self._size(rows) if graph is None else graph.size
         self.inputs.fill(rows, size, self.soft, draws)
@@ -175,8 +175,8 @@ class ModelRunner:
         else:
             hidden = self.forward(size)
             launched.prompt_logprobs = self._prompt_logprobs(rows, hidden)
-            why = "no graph of this size" if len(self.graphs) else "no graphs"
-            counts.eager["prompt logprobs" if asks else why] += 1
+            why = "prompt logprobs" if asks else "no graph of this size"
+            counts.eager[why if len(self.graphs) else "no graphs"] += 1
         if draws.slots:
             self._draw(draws, masks, launched)
         return launched
@@ -206,11 +206,14 @@ class ModelRunner:
 
     def _draw(self, draws: Draws, masks: Mapping[int, np.ndarray], launched: _Launched) -> None:
         count = len(draws.slots)
+        counts = self.graphs.counts
         replay = self.graphs.find_head(count, draws.max_top_k) if draws.plain else None
         if replay is not None:
             replay()
-            self.graphs.counts.replays["head"] += 1
+            counts.replays["head"] += 1
         else:
+            if self.graphs.heads:
+                counts.eager["head: top_k" if draws.plain else "head: rules of requests"] += 1
             logits = self.decoder.logits(self.picked[:count])
             sampled = self.sampler.draw(logits, draws, self.inputs.draws(count), masks)
             self._keep(sampled.tokens, sampled.broken)
@@ -229,10 +232,10 @@ class ModelRunner:
         found: dict[int, list[Ranked]] = {}
         begin = 0
         for row in rows:
+            count = self._num_asked(row)
             k = self.sampler.params(row.slot).prompt_logprobs
-            prompt = self.sampler.prompt_ids(row.slot)
-            if k is not None and row.start < len(prompt) - 1:
-                count = min(row.count, len(prompt) - 1 - row.start)
+            if count and k is not None:
+                prompt = self.sampler.prompt_ids(row.slot)
                 following = upload(np.array(prompt[row.start + 1 :][:count]), self.device)
                 found[row.slot] = []
                 for i in range(0, count, PROMPT_LOGIT_ROWS):
@@ -241,3 +244,9 @@ class ModelRunner:
                     found[row.slot].append(top_logprobs(logits, following[i:stop], k))
             begin += row.count
         return found
+
+    def _num_asked(self, row: Row) -> int:
+        """How many of the prompt's tokens behind a row's are to be told with their log-probabilities."""
+        if self.sampler.params(row.slot).prompt_logprobs is None:
+            return 0
+        return max(0, min(row.count, len(self.sampler.prompt_ids(row.slot)) - 1 - row.start))

@@ -34,7 +34,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What an engine really runs with, for logs and `--json`. switched_off: (what, why)."""
+    """What an engine really runs with, for logs and `--json`. switched_off: (what, why).
+
+    graphs: the kinds in use; num_graphs, graph_bytes and graph_s: what they come to.
+    """
 
     device: str
     dtype: str
@@ -43,6 +46,9 @@ class Used:
     graphs: str
     load_s: float
     kv_tokens: int
+    num_graphs: int = 0
+    graph_bytes: int = 0
+    graph_s: float = 0.0
     switched_off: tuple[tuple[str, str], ...] = field(default=())
 
 
@@ -117,6 +123,9 @@ def start(
         graphs=runner.graphs.kinds,
         load_s=loaded_s,
         kv_tokens=sizes.full_pages * sizes.page_size,
+        num_graphs=len(runner.graphs),
+        graph_bytes=runner.graphs.num_bytes,
+        graph_s=runner.graphs.seconds,
         switched_off=switched_off,
     )
     log.info(
