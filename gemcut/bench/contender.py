@@ -178,7 +178,7 @@ class Gemcut:
 
     def on_stream(self) -> AbstractContextManager[Any]:
         """The stream that the runner works on."""
-        return torch.cuda.stream(getattr(self.runner, "stream", None))  # type: ignore[arg-type]
+        return torch.cuda.stream(self.runner.stream)  # type: ignore[arg-type]  # None leaves it as it is
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -7,18 +7,16 @@ the torch reference, launches interleaved, and the share of the ceiling, which t
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gemcut.bench.records import Record, Table
 from gemcut.bench.timing import Ceilings, Times, elapsed_us, measure_ceilings
 from gemcut.kernels import Backend
 from gemcut.kernels.case import Case, all_cases
@@ -107,34 +105,39 @@ def _host_time(case: Case, inputs: dict[str, Any], backend: Backend, calls: int 
 
 
 def record(results: Sequence[Result], ceilings: Ceilings, command: str, folder: Path) -> Path:
-    """Write bench/records/<gpu>/kernels.json: the latest run only, with what is needed to repeat it."""
-    name = torch.cuda.get_device_name()
-    path = folder / name.lower().replace(" ", "-") / "kernels.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    entry = {
-        "gpu": name,
-        "commit": commit.stdout.strip() or None,
-        "versions": {"torch": torch.__version__, "triton": version("triton")},
-        "command": command,
-        "ceilings": asdict(ceilings),
-        "results": [asdict(result) for result in results],
-    }
-    path.write_text(json.dumps(entry, indent=1) + "\n")
-    return path
+    """Write the record of a run."""
+    device = torch.device("cuda")
+    return Record.of("kernels", device, ceilings, results, command=command, facts={}).write(folder)
 
 
-def table(results: Sequence[Result]) -> str:
-    lines = [
-        f"{'operation':<20} {'case':<34} {'numerics':<9} {'us':>8} {'p20':>8} {'p80':>8} {'torch us':>9} "
-        f"{'host us':>8} {'MB':>8} {'share':>6}"
-    ]
-    lines += [
-        f"{r.operation:<20} {r.case:<34} {r.numerics:<9} {r.kernel.median:8.1f} {r.kernel.p20:8.1f} "
-        f"{r.kernel.p80:8.1f} {r.reference.median:9.1f} {r.host:8.1f} {r.bytes / 1e6:8.1f} {r.share:6.1%}"
+def as_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """The kernel and the reference in microseconds, and the share of the nearer ceiling."""
+    header = (
+        "operation",
+        "case",
+        "numerics",
+        "us",
+        "p20",
+        "p80",
+        "torch us",
+        "host us",
+        "MB",
+        "of the ceiling",
+    )
+    rows = [
+        (
+            r["operation"],
+            r["case"],
+            r["numerics"],
+            *(f"{r['kernel'][key]:.1f}" for key in ("median", "p20", "p80")),
+            f"{r['reference']['median']:.1f}",
+            f"{r['host']:.1f}",
+            f"{r['bytes'] / 1e6:.1f}",
+            f"{r['share']:.1%}",
+        )
         for r in results
     ]
-    return "\n".join(lines)
+    return Table("Kernels", header, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,17 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     ceilings = measure_ceilings()
-    print(
-        f"{torch.cuda.get_device_name()}: copies {ceilings.copy_bytes / 1e12:.3f} TB/s, "
-        f"multiplies at {ceilings.matrix_flops / 1e12:.0f} TFLOP/s"
-    )
+    print(f"{torch.cuda.get_device_name()}: {ceilings}")
     results = []
     for case in all_cases():
         if not case.full_size or (options.words and not any(word in str(case) for word in options.words)):
             continue
         for numerics in options.numerics or ("reference",):
             results.append(measure(case, Backend("triton", numerics), ceilings))
-    print(table(results))
+    print(as_table([asdict(result) for result in results]).as_text())
     if options.records is not None:
         command = " ".join(["python -m gemcut.bench.kernels", *(arguments or sys.argv[1:])])
         print(f"written to {record(results, ceilings, command, options.records)}")

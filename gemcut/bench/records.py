@@ -1,6 +1,6 @@
 """Records: what was measured, on what, with what, and how to measure it again. Tables are made from them.
 
-`<folder>/<device>/<subject>.json`, the latest run only. README's tables and the report read the same files.
+`<folder>/<device>/<name>.json`, the latest run only. README's tables and the report read the same files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +28,28 @@ class Table(NamedTuple):
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
+    def as_text(self) -> str:
+        """Columns of text, the first to the left and the others to the right."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        return "\n".join(
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            )
+            for line in lines
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One subject's measurement. facts: the setting, its keys depend on the subject. notes: what a reader
-    of the numbers has to know."""
+    """One subject's measurement.
+
+    name: of its file, the subject's own unless several engines were set against one another. facts: the
+    setting, its keys depend on the subject. notes: what a reader of the numbers has to know.
+    """
 
     subject: str
+    name: str
     device: str
     command: str
     commit: str | None
@@ -57,8 +72,10 @@ class Record:
         notes: Sequence[str] = (),
     ) -> Record:
         """results: dataclasses, one a row."""
+        engines = {getattr(result, "engine", "") for result in results}
         return cls(
             subject=subject,
+            name=f"{subject}-compare" if len(engines) > 1 else subject,
             device=device_name(device),
             command=command,
             commit=_commit(),
@@ -70,14 +87,17 @@ class Record:
         )
 
     def write(self, folder: Path) -> Path:
-        path = folder / self.device.lower().replace(" ", "-") / f"{self.subject}.json"
+        path = folder / self.device.lower().replace(" ", "-") / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Record:
-        return cls(**json.loads(path.read_text()))
+    def read(cls, path: Path) -> Record | None:
+        """The record in a file; None if it is something else."""
+        entry = json.loads(path.read_text())
+        known = {each.name for each in fields(cls)}
+        return cls(**entry) if isinstance(entry, dict) and entry.keys() == known else None
 
 
 def rounded(value: Any) -> Any:

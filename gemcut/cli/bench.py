@@ -80,7 +80,10 @@ class Invocation:
 
     @property
     def command(self) -> str:
-        return shlex.join(["gemcut", *sys.argv[1:]])
+        """How to measure this again. Where the record went is nobody's business."""
+        words = iter(sys.argv[1:])
+        kept = [word for word in words if not (word == "--records" and next(words, None))]
+        return shlex.join(["gemcut", *(word for word in kept if not word.startswith("--records="))])
 
     def run(self, subjects: Sequence[str], sizes: Sizes) -> None:
         """Measure, and print a table for each subject as soon as it is there. One that fails does not keep
@@ -324,6 +327,33 @@ def all_(
     subjects = [subject for subject in SUBJECTS if subject in wanted]
     sizes = Sizes(tokens=tokens, batches=batches, cached=cached, new_tokens=new, requests=requests)
     bench.run(subjects, sizes)
+
+
+@app.command()
+def report(
+    records: Annotated[
+        Path, options.flag("--records", help="Folder of the records; bench/records.", panel=RECORD)
+    ] = Path("bench/records"),
+    out: Annotated[
+        Path, options.flag("--out", help="The page to write; bench-report.html.", panel=RECORD)
+    ] = Path("bench-report.html"),
+    readme: Annotated[
+        Path | None,
+        options.flag("--readme", help="Write the tables into this file as well.", panel=RECORD),
+    ] = None,
+) -> None:
+    """Make a page of all records: tables, plots, what was measured on what."""
+    from gemcut.bench import report
+    from gemcut.errors import NotFound
+
+    found = report.read_all(records)
+    if not found:
+        raise NotFound(f"There are no records in {records}. Measure something with --records {records}.")
+    out.write_text(report.page(found))
+    tell(f"written to {out}")
+    if readme is not None:
+        readme.write_text(report.write_into(readme.read_text(), report.markdown(found)))
+        tell(f"tables written into {readme}")
 
 
 @app.command()

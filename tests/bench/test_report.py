@@ -1,0 +1,94 @@
+"""What is made of records: README's tables byte for byte, a page that holds what they hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemcut.bench import prefill, report
+from gemcut.bench.records import Record
+from gemcut.bench.timing import Ceilings, Times
+from gemcut.cli import main
+from gemcut.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TOKENS = (16, 256)
+
+
+def record(*engines: str) -> Record:
+    rows = [
+        prefill.Row(tokens, engine, 1.0, Times(tokens / 8, tokens / 9, tokens / 7), None, 8 / tokens)
+        for tokens in TOKENS
+        for engine in engines
+    ]
+    return Record.of(
+        "prefill",
+        torch.device("cpu"),
+        Ceilings(1e12, 2e12),
+        rows,
+        command="gemcut bench prefill --model '<b>'",
+        facts={"model": "31B", "weights": "random"},
+        notes=["left out: 512 tokens"],
+    )
+
+
+def test_the_readme_is_what_the_records_say() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tables = report.markdown(report.read_all(ROOT / "bench" / "records"))
+    assert report.write_into(readme, tables) == readme, "run gemcut bench report --readme README.md"
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    one, compared = record("gemcut"), record("graphs=off", "graphs=full")
+    assert one.write(tmp_path) == tmp_path / "cpu" / "prefill.json"
+    assert compared.write(tmp_path) == tmp_path / "cpu" / "prefill-compare.json"
+    (tmp_path / "cpu" / "else.json").write_text('{"what": "no record"}')
+    assert report.read_all(tmp_path) == [compared, one]
+
+
+def test_markdown_holds_every_row_and_its_source() -> None:
+    text = report.markdown([record("gemcut")])
+    assert "**Prefill of one prompt, one new token** (31B, random weights, cpu)" in text
+    assert "| 16 | gemcut | 1.00 | 2.00 | 1.78 | 2.29 | - | 50% |" in text
+    assert "| 256 | gemcut | 1.00 | 32.0 |" in text
+    assert "1.000 TB/s, 2.0 TFLOP/s" in text
+    assert "left out: 512 tokens." in text
+
+
+def test_tables_go_between_the_marks_and_replace_what_was_there() -> None:
+    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
+    once = report.write_into(text, "| new |")
+    assert once == f"a\n{report.BEGIN}\n\n| new |\n\n{report.END}\nb\n"
+    assert report.write_into(once, "| new |") == once
+    with pytest.raises(ConfigError, match="no place for the tables"):
+        report.write_into("a\nb\n", "| new |")
+
+
+def test_the_page_has_a_plot_a_table_and_no_markup_from_outside() -> None:
+    page = report.page([record("graphs=off", "graphs=full")])
+    assert page == report.page([record("graphs=off", "graphs=full")])
+    assert page.count("<svg") == 1
+    assert "<td>graphs=full</td>" in page
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    assert not re.search(r'(src|href)="http', page), "the page needs no network"
+
+
+def test_the_command_writes_both(tmp_path: Path) -> None:
+    record("gemcut").write(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    out = tmp_path / "report.html"
+    assert (
+        main(["bench", "report", "--records", str(tmp_path), "--out", str(out), "--readme", str(readme)]) == 0
+    )
+    assert "| 256 | gemcut |" in readme.read_text()
+    assert "<svg" in out.read_text()
+
+
+def test_no_records_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "report", "--records", str(tmp_path)]) == 1
+    assert "There are no records" in capsys.readouterr().err
