@@ -156,6 +156,7 @@ class Answerer:
         return self.files.image_tokens if default is None else default
 
     async def _chat_prompt(self, chat: Conversation) -> ChatPrompt:
+        check_tool_messages(chat.messages)
         parts = await self.in_thread(lambda: media_parts(chat.messages))
         if len(parts) > self.config.max_images:
             raise InvalidRequest(
@@ -211,6 +212,29 @@ class Answerer:
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do what may take long beside the loop, which goes on serving streams."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def check_tool_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InvalidRequest for a tool's message that answers no call: the template would drop it."""
+    called: dict[Any, str] = {}  # id -> name, of the calls that may be answered here
+    for i, message in enumerate(messages):
+        if message["role"] != "tool":
+            called = {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
+            continue
+        at = f"messages[{i}]"
+        if message.get("tool_call_id") not in called:
+            raise InvalidRequest(
+                f"{at} answers no call of the message before it: its tool_call_id is "
+                f"{message.get('tool_call_id')!r}, and there {_listed(list(called))}.",
+                f"{at}.tool_call_id",
+            )
+        name = called[message.get("tool_call_id")]
+        if message.get("name") not in (None, name):
+            raise InvalidRequest(f"{at}.name must be {name!r}, as the call's.", f"{at}.name")
+
+
+def _listed(ids: Sequence[Any]) -> str:
+    return f"are {', '.join(map(repr, ids))[:200]}" if ids else "are no calls"
 
 
 def _renamed(text: str, places: Sequence[str]) -> str:
