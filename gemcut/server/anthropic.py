@@ -18,12 +18,13 @@ from gemcut.server.protocol import MAX_MESSAGES, MAX_TOOLS, Strict, check_stops
 from gemcut.server.stream import named_event
 from gemcut.server.tool_choice import ToolChoice
 
+ERROR = {"type": "text", "text": "Error: "}
+
 
 class CacheControl(Strict):
     """Accepted: prefixes are cached without being asked."""
 
     type: Literal["ephemeral"]
-    ttl: str | None = None
 
 
 class TextBlock(Strict, tag_field="type", tag="text"):
@@ -54,6 +55,8 @@ class ToolUseBlock(Strict, tag_field="type", tag="tool_use"):
 
 
 class ToolResultBlock(Strict, tag_field="type", tag="tool_result"):
+    """is_error: the model has no sign for it, so the content begins with the word."""
+
     tool_use_id: str
     content: str | list[TextBlock | ImageBlock] | None = None
     is_error: bool | None = None
@@ -74,6 +77,7 @@ class ToolSpec(Strict):
     name: str
     input_schema: dict[str, Any]
     description: str | None = None
+    strict: bool | None = None
     type: Literal["custom"] | None = None
     cache_control: CacheControl | None = None
 
@@ -96,7 +100,7 @@ class NoChoice(Strict, tag_field="type", tag="none"):
 
 
 class ThinkingOn(Strict, tag_field="type", tag="enabled"):
-    """budget_tokens: the interface demands it; the model's thoughts are bounded by max_tokens alone."""
+    """budget_tokens: a thought that goes on for so long is closed."""
 
     budget_tokens: int
 
@@ -177,9 +181,23 @@ async def messages_job(answerer: Answerer, request: MessagesRequest, salt: bytes
         top_p=request.top_p,
         stop=tuple(request.stop_sequences or ()),
         stop_token_ids=choice.stop_ids(answerer.files),
+        max_thought_tokens=_thought_budget(request),
         structured_outputs=form,
     )
     return answerer.job(await prompt_of(answerer, request), params, chat=True, salt=salt)
+
+
+def _thought_budget(request: MessagesRequest) -> int | None:
+    if not isinstance(request.thinking, ThinkingOn):
+        return None
+    budget = request.thinking.budget_tokens
+    if not 1 <= budget < request.max_tokens:
+        raise InvalidRequest(
+            f"thinking.budget_tokens must be at least 1 and less than max_tokens {request.max_tokens}, "
+            f"got {budget}.",
+            "thinking.budget_tokens",
+        )
+    return budget
 
 
 def tool_choice(request: CountRequest) -> ToolChoice:
@@ -217,6 +235,8 @@ def _user(message: Message) -> list[dict[str, Any]]:
     for block in message.content:
         if isinstance(block, ToolResultBlock):
             content = _parts(block.content) if isinstance(block.content, list) else block.content or ""
+            if block.is_error:
+                content = f"Error: {content}" if isinstance(content, str) else [ERROR, *content]
             results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
         elif isinstance(block, TextBlock | ImageBlock):
             rest.append(block)

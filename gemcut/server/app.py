@@ -375,13 +375,18 @@ class App:
         self._check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise InvalidRequest("Send either prompt or messages.", "prompt")
+        of_chats = ("tools", "add_generation_prompt", "chat_template_kwargs", "mm_processor_kwargs")
+        for name in ("add_special_tokens",) if request.prompt is None else of_chats:
+            if getattr(request, name) is not None:
+                other = "prompt" if request.prompt is None else "messages"
+                raise InvalidRequest(f"{name} goes with {other}.", name)
         answerer = self.answerer
         if request.prompt is None:
             thinks = protocol.thinks(None, request.chat_template_kwargs)
             ids = (await answerer.chat_prompt(chat.conversation(request, thinks=thinks))).prompt.token_ids
         else:
             prompt = await answerer.raw_prompt(request.prompt)
-            ids = prompt.prompt.token_ids[0 if request.add_special_tokens else 1 :]
+            ids = prompt.prompt.token_ids[1 if request.add_special_tokens is False else 0 :]
         payload: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": answerer.max_model_len,

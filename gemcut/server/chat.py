@@ -28,7 +28,7 @@ def conversation(request: ChatRequest | protocol.TokenizeRequest, *, thinks: boo
     template, processor = request.chat_template_kwargs, request.mm_processor_kwargs
     tools = protocol.tools_of(request.tools)
     hides_tools = isinstance(request, ChatRequest) and tool_choice(request).hidden
-    adds = request.add_generation_prompt if isinstance(request, protocol.TokenizeRequest) else True
+    adds = not isinstance(request, protocol.TokenizeRequest) or request.add_generation_prompt is not False
     return Conversation(
         messages=protocol.messages_of(request.messages),
         tools=() if hides_tools else tools,

@@ -57,17 +57,14 @@ Content = str | list[ContentPart]
 
 class SystemMessage(Strict, tag_field="role", tag="system"):
     content: str | list[TextPart]
-    name: str | None = None
 
 
 class DeveloperMessage(Strict, tag_field="role", tag="developer"):
     content: str | list[TextPart]
-    name: str | None = None
 
 
 class UserMessage(Strict, tag_field="role", tag="user"):
     content: Content
-    name: str | None = None
 
 
 class CalledFunction(Strict):
@@ -76,6 +73,8 @@ class CalledFunction(Strict):
 
 
 class ToolCallPart(Strict):
+    """index: as in the chunks of a stream, the place in the list."""
+
     function: CalledFunction
     id: str | None = None
     type: Literal["function"] = "function"
@@ -83,14 +82,16 @@ class ToolCallPart(Strict):
 
 
 class AssistantMessage(Strict, tag_field="role", tag="assistant"):
-    """Also what a server answered with, sent back: fields that gemcut never fills may be null or empty."""
+    """Also what a server answered with, sent back: fields that gemcut never fills may be null or empty.
+
+    malformed_tool_calls: calls that could not be read; they go back as the text that they are.
+    """
 
     content: Content | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallPart] | None = None
     malformed_tool_calls: list[str] | None = None
-    name: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -98,6 +99,8 @@ class AssistantMessage(Strict, tag_field="role", tag="assistant"):
 
 
 class ToolMessage(Strict, tag_field="role", tag="tool"):
+    """name: of the function, which must be the called one's."""
+
     content: Content
     tool_call_id: str | None = None
     name: str | None = None
@@ -140,9 +143,10 @@ class AllowedTools(Strict, tag_field="type", tag="allowed_tools"):
 
 
 class JsonSchema(Strict):
+    """strict: the schema is held to in any case."""
+
     name: str
     schema: dict[str, Any] | None = None
-    description: str | None = None
     strict: bool | None = None
 
 
@@ -231,6 +235,7 @@ class ChatRequest(Common, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     modalities: list[Literal["text"]] | None = None
+    thinking_token_budget: int | None = None
     chat_template_kwargs: TemplateOptions | None = None
     mm_processor_kwargs: ProcessorOptions | None = None
 
@@ -248,8 +253,8 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[Tool] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
     return_token_strs: bool = False
     chat_template_kwargs: TemplateOptions | None = None
     mm_processor_kwargs: ProcessorOptions | None = None
@@ -286,6 +291,8 @@ def sampling(request: Common, *, logprobs: int | None, max_tokens: int | None, *
             raise InvalidRequest(f"{name} holds more than {MAX_IDS} ids.", name)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options goes with stream: true.", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs is not streamed. Send stream: false.", "prompt_logprobs")
     given = {
         "n": request.n,
         "min_p": request.min_p,
@@ -335,13 +342,21 @@ def chat_sampling(request: ChatRequest, **more: Any) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    budget = request.thinking_token_budget
+    if budget is not None and not thinks(request.reasoning_effort, request.chat_template_kwargs):
+        raise InvalidRequest(
+            "thinking_token_budget goes with thinking: send reasoning_effort or enable_thinking.",
+            "thinking_token_budget",
+        )
     try:
-        return sampling(request, logprobs=logprobs, max_tokens=most, **more)
+        return sampling(request, logprobs=logprobs, max_tokens=most, max_thought_tokens=budget, **more)
     except InvalidRequest as error:
         if error.param == "logprobs":
             error.param = "top_logprobs"
         elif error.param == "max_tokens" and request.max_completion_tokens is not None:
             error.param = "max_completion_tokens"
+        elif error.param == "max_thought_tokens":
+            error.param = "thinking_token_budget"
         raise
 
 
@@ -387,13 +402,20 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 def _message(message: ChatMessage, at: str) -> dict[str, Any]:
     plain = {key: value for key, value in msgspec.to_builtins(message).items() if value is not None}
-    plain.pop("annotations", None)
-    plain.pop("malformed_tool_calls", None)
-    for k, call in enumerate(plain.get("tool_calls", ())):
-        function = call["function"]
-        function["arguments"] = arguments_of(
-            function["arguments"], f"{at}.tool_calls[{k}].function.arguments"
+    if plain.pop("annotations", None):
+        raise InvalidRequest(
+            f"{at}.annotations must be empty: the model cannot be shown any.", f"{at}.annotations"
         )
+    for k, call in enumerate(plain.get("tool_calls", ())):
+        place = f"{at}.tool_calls[{k}]"
+        if call.pop("index", None) not in (None, k):
+            raise InvalidRequest(f"{place}.index must be {k}, its place in the list.", f"{place}.index")
+        function = call["function"]
+        function["arguments"] = arguments_of(function["arguments"], f"{place}.function.arguments")
+    for text in plain.pop("malformed_tool_calls", ()):
+        content = plain.get("content", "")
+        is_text = isinstance(content, str)
+        plain["content"] = content + text if is_text else [*content, {"type": "text", "text": text}]
     return plain
 
 

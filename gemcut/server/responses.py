@@ -124,9 +124,10 @@ class AllowedFunctions(Strict, tag_field="type", tag="allowed_tools"):
 
 
 class SchemaFormat(Strict, tag_field="type", tag="json_schema"):
+    """strict: the schema is held to in any case."""
+
     name: str
     schema: dict[str, Any]
-    description: str | None = None
     strict: bool | None = None
 
 
@@ -180,6 +181,7 @@ class ResponsesRequest(Strict):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    thinking_token_budget: int | None = None
     structured_outputs: StructuredForm | None = None
     mm_processor_kwargs: ProcessorOptions | None = None
     cache_salt: str | None = None
@@ -214,7 +216,7 @@ async def responses_job(answerer: Answerer, request: ResponsesRequest, salt: byt
         Conversation(
             messages=messages,
             tools=() if choice.hidden else tools,
-            enable_thinking=thinks(None if request.reasoning is None else request.reasoning.effort, None),
+            enable_thinking=_thinks(request),
             image_tokens=None if processor is None else processor.max_soft_tokens,
             places=places,
         )
@@ -266,6 +268,11 @@ def _sampling(
         for name in ("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
         if (value := getattr(request, name)) is not None
     }
+    budget = request.thinking_token_budget
+    if budget is not None and not _thinks(request):
+        raise InvalidRequest(
+            "thinking_token_budget goes with thinking: send reasoning.effort.", "thinking_token_budget"
+        )
     try:
         return SamplingParams(
             temperature=request.temperature,
@@ -275,14 +282,20 @@ def _sampling(
             seed=request.seed,
             stop=tuple(stop),
             stop_token_ids=tuple(stop_ids),
+            max_thought_tokens=budget,
             structured_outputs=form,
             **given,
         )
     except InvalidRequest as error:
-        if error.param == "max_tokens":
-            text = str(error).replace("max_tokens", "max_output_tokens")
-            raise InvalidRequest(text, "max_output_tokens") from error
+        names = {"max_tokens": "max_output_tokens", "max_thought_tokens": "thinking_token_budget"}
+        if error.param in names:
+            name = names[error.param]
+            raise InvalidRequest(str(error).replace(error.param, name), name) from error
         raise
+
+
+def _thinks(request: ResponsesRequest) -> bool:
+    return thinks(None if request.reasoning is None else request.reasoning.effort, None)
 
 
 # ---- items to messages

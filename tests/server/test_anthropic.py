@@ -95,7 +95,7 @@ def test_thinking_and_tools_and_their_way_back(scripted: Server) -> None:
             "max_tokens": 200,
             "tools": TOOLS,
             "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
-            "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "thinking": {"type": "enabled", "budget_tokens": 199},
         }
         done = api.messages.create(**given, messages=ask("call"))
         thinking, use = done.content
