@@ -51,6 +51,14 @@ def serve(
         list[str] | None,
         options.flag("--allowed-origin", help="A web origin that may call the server (CORS).", panel=SERVER),
     ] = None,
+    allow_image_domain: Annotated[
+        list[str] | None,
+        options.flag(
+            "--allow-image-domain",
+            help="A host whose pictures are fetched by URL, *.example.com for those below; none by default.",
+            panel=SERVER,
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float,
         options.flag("--drain-seconds", help="Time for those in flight after SIGTERM; 60.", panel=SERVER),
@@ -159,6 +167,7 @@ def serve(
             served_model_names=tuple(served_model_name or (model or "gemcut-demo",)),
             allowed_hosts=tuple(name.lower() for name in allowed_host or ()),
             allowed_origins=tuple(allowed_origin or ()),
+            image_domains=tuple(allow_image_domain or ()),
             drain_s=drain_seconds,
             max_waiting=max_waiting,
             max_per_key=max_per_key,

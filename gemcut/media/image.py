@@ -1,7 +1,7 @@
 """Pictures: bytes, paths, Pillow images and arrays in; `ImagePatches` out (spec 4.1, steps 1 to 5).
 
 Pixels stay uint8: the model scales them with `data.pixel_values()`. This module knows nothing of tokens,
-prompts or networks, and it fetches nothing: a URL is either a data URI or refused.
+prompts or networks, and it fetches nothing (`fetch` does): a URL is either a data URI or refused.
 """
 
 from __future__ import annotations
@@ -488,6 +488,13 @@ def part_source(part: Mapping[str, Any]) -> Source:
 def request_part_source(part: Mapping[str, Any]) -> Source:
     """As `part_source`, for a part that came over a network: always bytes."""
     return _part_source(part, local=False)
+
+
+def part_text(part: Mapping[str, Any]) -> str | None:
+    """What a picture part of a message holds, if it is text: a URL, a data URI, base64. Raises InvalidRequest
+    with `param` set if the part is none."""
+    _, value = _picture_of(part)
+    return value if isinstance(value, str) else None
 
 
 def _from_part(part: Mapping[str, Any], max_pixels: int, *, local: bool) -> Image.Image:

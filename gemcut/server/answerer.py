@@ -20,6 +20,7 @@ from gemcut.data import SOFT_TOKEN_BUDGETS, ImagePatches
 from gemcut.engine.loop import Job
 from gemcut.engine.model_files import ChatPrompt, ModelFiles, raw_prompt
 from gemcut.errors import InvalidRequest
+from gemcut.media.fetch import Fetcher, Url, part_url
 from gemcut.media.image import Source, request_part_source
 from gemcut.media.workers import MediaWorkers
 from gemcut.outputs import Delta, RequestOutput
@@ -60,6 +61,7 @@ class Answerer:
     ) -> None:
         self.files, self.client, self.config, self.metrics = files, client, config, metrics
         self.workers = MediaWorkers(config.media_workers, max_pixels=config.max_pixels)
+        self.fetcher = Fetcher(config.image_domains) if config.image_domains else None
         # rendering and tokenising of long prompts; the loop goes on serving streams meanwhile
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="gemcut-prompts")
         self._numbers = itertools.count()
@@ -180,22 +182,29 @@ class Answerer:
         if not parts:
             return []
         sources = await self.in_thread(lambda: [self._source(part, image_tokens) for part in parts])
-        waiting = [asyncio.wrap_future(self.workers.patches(*source)) for source in sources]
+        tasks = [
+            asyncio.create_task(self._patches(part, *source))
+            for part, source in zip(parts, sources, strict=True)
+        ]
         try:
-            pictures = []
-            for part, future in zip(parts, waiting, strict=True):
-                try:
-                    pictures.append(await future)
-                except InvalidRequest as error:
-                    error.param = part.param
-                    raise
-            return pictures
+            return [await task for task in tasks]
         finally:
-            for future in waiting:
-                future.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _source(self, part: MediaPart, image_tokens: int | None) -> tuple[Source, int]:
-        """The bytes of a picture, and its budget."""
+    async def _patches(self, part: MediaPart, source: Source | Url, budget: int) -> ImagePatches:
+        try:
+            if isinstance(source, Url):
+                assert self.fetcher is not None, "without one, no part is a URL"
+                source = await self.fetcher.get(source)
+            return await asyncio.wrap_future(self.workers.patches(source, budget))
+        except InvalidRequest as error:
+            error.param = part.param
+            raise
+
+    def _source(self, part: MediaPart, image_tokens: int | None) -> tuple[Source | Url, int]:
+        """The bytes of a picture or where they are, and its budget."""
         if part.kind != "image":
             raise InvalidRequest(f"gemcut takes no {part.kind} yet; it takes text and pictures.", part.param)
         given, detail = part.part, None
@@ -204,7 +213,8 @@ class Answerer:
             detail = address.get("detail")
             given = {**given, "image_url": {"url": address.get("url")}}
         try:
-            return request_part_source(given), self.budget(detail, image_tokens)
+            url = None if self.fetcher is None else part_url(given)
+            return url or request_part_source(given), self.budget(detail, image_tokens)
         except InvalidRequest as error:
             error.param = f"{part.param}.{error.param}" if error.param else part.param
             raise

@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from gemcut.errors import ConfigError
+from gemcut.media.fetch import Domain
 from gemcut.media.image import MAX_PIXELS
 
 
@@ -17,6 +18,7 @@ class ServerConfig:
     api_keys: any of them opens the doors that are not public; none leaves all open.
     allowed_hosts: names by which browsers may reach a server without keys, beside loopback ones.
     allowed_origins: web pages of other origins that may call this server (CORS).
+    image_domains: from where pictures are fetched by URL (`media.fetch.Domain`); from nowhere by default.
     max_waiting: requests beyond those that run; more are turned away with 503. max_per_key: requests of
     one key at a time; more get 429. max_images, max_pixels, max_body_bytes, max_head_bytes: of one request.
     max_answer_tokens: n x prompts x max_tokens, where a request names max_tokens.
@@ -31,6 +33,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    image_domains: tuple[str, ...] = ()
     max_waiting: int = 256
     max_per_key: int | None = None
     max_images: int = 16
@@ -54,6 +57,8 @@ class ServerConfig:
             raise ConfigError(f"port must lie between 0 and 65535, got {self.port}.")
         if not all(len(key) >= 8 and key.isascii() and key.isprintable() for key in self.api_keys):
             raise ConfigError("api_key must have 8 or more printable ASCII characters.")
+        for domain in self.image_domains:
+            Domain.parse(domain)
         whole = ("max_images", "max_pixels", "max_body_bytes", "max_head_bytes", "max_answer_tokens")
         for name in ("max_waiting", *whole):
             if getattr(self, name) < (0 if name in ("max_waiting", "max_images") else 1):

@@ -222,7 +222,7 @@ def test_what_goes_wrong_is_said(scripted: Server, reader: Opener) -> None:
     page = reader(scripted, provoked=("status of 400",))
     ask(page, "script:failing")
     expect(page.locator(".answer .error")).to_contain_text("the logits are not finite")
-    assert said(page).startswith("It")
+    assert said(page).startswith("I")
     page.get_by_role("button", name="Settings").first.click()
     page.get_by_label("Temperature").fill("200")
     page.get_by_role("button", name="Try again").click()
