@@ -10,7 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -167,18 +167,13 @@ class Gemcut:
         return start.elapsed_time(stop)
 
     def held(self, call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """The events before and after a call, behind something that holds its stream up for a while."""
+        """The events before and after a call, behind something that holds the stream up for a while."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with self.on_stream():
-            torch.cuda._sleep(int(HELD_S * CYCLES_PER_S))
-            start.record()
-            call()
-            stop.record()
+        torch.cuda._sleep(int(HELD_S * CYCLES_PER_S))
+        start.record()
+        call()
+        stop.record()
         return start, stop
-
-    def on_stream(self) -> AbstractContextManager[Any]:
-        """The stream that the runner works on."""
-        return torch.cuda.stream(self.runner.stream)  # type: ignore[arg-type]  # None leaves it as it is
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -100,8 +100,7 @@ def _items(count: int, soft: int, number: int) -> list[EncodeItem]:
 
 @torch.inference_mode()
 def _encode(contender: Gemcut, items: Sequence[EncodeItem]) -> None:
-    with contender.on_stream():
-        contender.runner.soft.encode(items)
+    contender.runner.soft.encode(items)
 
 
 def _forget(contender: Gemcut, items: Sequence[EncodeItem]) -> None:
