@@ -31,8 +31,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds. first_token_s and total_s count from arrival; tokens_per_s is the pace after the first."""
+    """Seconds. queue_s (until a step took the request up), first_token_s and total_s count from arrival;
+    tokens_per_s is the pace after the first token."""
 
+    queue_s: float
     first_token_s: float
     total_s: float
     tokens_per_s: float

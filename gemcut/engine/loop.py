@@ -72,6 +72,7 @@ class _Group:
     answers: list[Answer]
     arrived_s: float
     cached_tokens: int = 0
+    seated_s: float | None = None  # when a step first computed something of it
     first_token_s: float | None = None
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     unfinished: int = 0
@@ -222,8 +223,10 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Launch the next step, settle the oldest that is due, and return the news."""
-        step = self.scheduler.plan(time.monotonic())
+        now = time.monotonic()
+        step = self.scheduler.plan(now)
         if step is not None:
+            self._note_seats(step, now)
             self.runner.launch(step, self._masks(step))
             self._in_flight.append(step)
             self._num_steps += 1
@@ -238,6 +241,12 @@ class Engine:
             self.scheduler.settle(result)
             updates += self._read_news(result)
         return updates + self._read_news(None)
+
+    def _note_seats(self, step: Step, now: float) -> None:
+        for seat in step.seats:
+            group = self._groups.get(seat.request_id.rpartition("/")[0])
+            if group is not None and group.seated_s is None:
+                group.seated_s = now
 
     def _masks(self, step: Step) -> dict[int, np.ndarray] | None:
         """Masks of the rows that a grammar rules. Each waited for its token, so its state is up to date."""
@@ -343,6 +352,7 @@ class Engine:
                 completion_tokens=completion,
             ),
             timings=Timings(
+                queue_s=(group.seated_s or now) - group.arrived_s,
                 first_token_s=first - group.arrived_s,
                 total_s=now - group.arrived_s,
                 tokens_per_s=later / (now - first) if later > 0 and now > first else 0.0,

@@ -39,6 +39,8 @@ class Metrics:
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
         self._between = histogram("inter_token_latency_seconds", "Between news of a stream.", _BETWEEN)
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _WHOLE)
+        self._prefill = histogram("request_prefill_time_seconds", "From there to the first token.", _WHOLE)
         self._decode = histogram("request_decode_time_seconds", "From first to last token.", _WHOLE)
         self._success = Counter(
             "gemcut:request_success", "Requests that ended.", [*labels, "finished_reason"], registry=registry
@@ -56,6 +58,8 @@ class Metrics:
         times, usage = output.timings, output.usage
         self._first.observe(times.first_token_s)
         self._whole.observe(times.total_s)
+        self._queue.observe(times.queue_s)
+        self._prefill.observe(max(0.0, times.first_token_s - times.queue_s))
         self._decode.observe(max(0.0, times.total_s - times.first_token_s))
         self._prompt.labels(self._model).inc(usage.prompt_tokens)
         self._generated.labels(self._model).inc(usage.completion_tokens)

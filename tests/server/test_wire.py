@@ -72,7 +72,7 @@ OUTPUT = RequestOutput(
     prompt_token_ids=(),
     outputs=(CompletionOutput(index=0, text="x", reasoning="", token_ids=(1,), finish_reason="stop"),),
     usage=Usage(prompt_tokens=1, cached_tokens=0, image_tokens=0, completion_tokens=1),
-    timings=Timings(first_token_s=0.1, total_s=0.2, tokens_per_s=0.0),
+    timings=Timings(queue_s=0.05, first_token_s=0.1, total_s=0.2, tokens_per_s=0.0),
     prompt_logprobs=(None, LOGPROBS),
 )
 ORDERS = [
