@@ -403,9 +403,12 @@ def _attend_chunks(
         clear_end = (lowest + 1) // BLOCK_N * BLOCK_N
         edge_tiles = (clear_begin - edge) // BLOCK_N
         diagonal = tl.maximum(clear_begin, clear_end)
+        page = tl.load(table + clear_begin // PAGE, mask=clear_begin < clear_end, other=0)
         for start in tl.range(clear_begin, clear_end, BLOCK_N):
             if k_tiles is not None:
-                place = tl.load(table + start // PAGE) * PAGE + start % PAGE
+                place = page * PAGE + start % PAGE
+                # a step ahead: the copies of the next step wait for it
+                page = tl.load(table + (start + BLOCK_N) // PAGE, mask=start + BLOCK_N < clear_end, other=0)
                 k = k_tiles.load([place, kv_head * HEAD]).T
                 scores = tl.dot(q, k, input_precision="ieee")  # the scale is exactly 1.0 (spec 2.1)
                 v = v_tiles.load([place, kv_head * HEAD + part * PART])

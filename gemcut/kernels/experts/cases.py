@@ -125,6 +125,7 @@ CASES = tuple(
     for made in (
         case(1, glu=glu),
         case(3, glu=glu, padding=5),
+        case(12, glu=glu, padding=5),
         case(70, glu=glu, padding=2),
         case(33, glu=glu, experts=3, top_k=1, hidden=64, width=64),
         case(9, glu=glu, experts=5, top_k=3, hidden=40, width=24),
@@ -132,5 +133,5 @@ CASES = tuple(
 ) + tuple(
     case(tokens, glu=glu, hidden=2816, width=704, experts=128, top_k=8, full_size=True)
     for glu in (True, False)
-    for tokens in (1, 8, 16, 32, 64, 256, 1024, 8192)
+    for tokens in (1, 2, 8, 16, 32, 64, 256, 1024, 8192)
 )

@@ -2,7 +2,8 @@
 
 The first product gathers its rows and has GeGLU in its epilogue, the second scatters its rows back to
 (token, slot). With few rows an expert a tile is a thin strip of weights, each read once, and what counts
-is how many bytes are under way; with many it is a matrix product like any other.
+is how many bytes are under way; with many it is a matrix product like any other. A token or two has pairs
+that hardly share an expert: each gets products of its own, outside the matrix units.
 """
 
 # triton types neither launches nor constants
@@ -24,6 +25,8 @@ from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.router.op import Routing
 from gemcut.kernels.tuned import tuned
 
+SINGLE_PAIRS = 16  # (token, slot) pairs up to which each is taken by itself
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -44,6 +47,9 @@ def grouped_glu(
     """See op.py. One rounding with fused numerics, three with the reference's."""
     width = gate_up.shape[1] // 2
     out = h.new_empty(routing.order.shape[0], width)
+    if _by_pairs(routing, backend):
+        _launch_pairs(h, gate_up, out, routing, glu=True, rounds=backend.numerics == "reference")
+        return out
     config = find_config("glu", gate_up, routing, backend)
     _launch(h, gate_up, out, routing, config, glu=True, rounds=backend.numerics == "reference")
     return out
@@ -54,6 +60,9 @@ def grouped_linear(
 ) -> torch.Tensor:
     """See op.py."""
     out = m.new_empty(m.shape[0], down.shape[1])
+    if _by_pairs(routing, backend):
+        _launch_pairs(m, down, out, routing, glu=False, rounds=False)
+        return out.view(*routing.experts.shape, -1)
     config = find_config("linear", down, routing, backend)
     _launch(m, down, out, routing, config, glu=False, rounds=False)
     return out.view(*routing.experts.shape, -1)
@@ -86,6 +95,39 @@ def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: B
     if inputs <= 1024:  # few steps a tile: two programs a processor, one's loop hides the other's ends
         return Config(128, 128, 64, warps=4, stages=3, thin=True)
     return Config(128, 256, 64, warps=8, stages=3, thin=True)
+
+
+def _by_pairs(routing: Routing, backend: Backend) -> bool:
+    return 0 < routing.order.shape[0] <= SINGLE_PAIRS and not backend.deterministic
+
+
+def _launch_pairs(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, routing: Routing, *, glu: bool, rounds: bool
+) -> None:
+    pairs, top_k = routing.order.shape[0], routing.experts.shape[1]
+    experts, _, inputs = weight.shape
+    width = out.shape[1]
+    # 8 rows of weights with long sums, 16 with short ones: 16 KB and 8 KB a step
+    block_k = min(1024 if inputs >= 2048 else 256, triton.next_power_of_2(inputs))
+    block_n = 4 if glu else 8 if inputs >= 2048 else 16
+    _by_pair[(pairs * triton.cdiv(width, block_n),)](
+        x,
+        weight,
+        out,
+        routing.order,
+        routing.experts,
+        routing.offsets,
+        experts,
+        GLU=glu,
+        ROUND=rounds,
+        WIDTH=width,
+        INPUTS=inputs,
+        TOP_K=top_k,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=4,
+        **overlap(x.device),
+    )
 
 
 def _launch(
@@ -148,6 +190,68 @@ def _product(x_ptr, weight_ptr, rows, outputs, INPUTS: tl.constexpr, BLOCK_K: tl
         x_at += BLOCK_K
         weight_at += BLOCK_K
     return acc
+
+
+@triton.jit
+def _row_product(x_ptr, weight_ptr, outputs, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[outputs] fp32: one row of x times these rows of one expert's weight."""
+    k = tl.arange(0, BLOCK_K)
+    weight_at = weight_ptr + outputs[:, None] * INPUTS + k[None, :]
+    acc = tl.zeros([outputs.shape[0], BLOCK_K], tl.float32)
+    for start in tl.static_range(0, INPUTS, BLOCK_K):
+        inside = k < INPUTS - start
+        if INPUTS - start >= BLOCK_K:
+            weight = tl.load(weight_at + start, eviction_policy="evict_first")
+        else:
+            weight = tl.load(
+                weight_at + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first"
+            )
+        x = tl.load(x_ptr + start + k, mask=inside, other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    return tl.sum(acc, 1)
+
+
+@triton.jit(do_not_specialize=["experts"])
+def _by_pair(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    order_ptr,
+    experts_ptr,
+    offsets_ptr,
+    experts,
+    GLU: tl.constexpr,
+    ROUND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BLOCK_N columns of one pair's product; with GLU their gates and ups."""
+    STRIPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    after_previous(OVERLAP)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    place = tl.program_id(0) // STRIPS
+    columns = tl.program_id(0) % STRIPS * BLOCK_N + tl.arange(0, BLOCK_N)
+    pair = tl.load(order_ptr + place)
+    expert = tl.load(experts_ptr + pair)
+    if place >= tl.load(offsets_ptr + experts):  # the pairs of padding
+        return
+    outputs = tl.minimum(columns, WIDTH - 1)
+    if GLU:
+        weight_at = weight_ptr + expert * (2 * WIDTH * INPUTS)
+        x_at = x_ptr + pair // TOP_K * INPUTS
+        gate = rounded(_row_product(x_at, weight_at, outputs, INPUTS, BLOCK_K), dtype, ROUND)
+        up = rounded(_row_product(x_at, weight_at + WIDTH * INPUTS, outputs, INPUTS, BLOCK_K), dtype, ROUND)
+        result = rounded(gelu_tanh(gate), dtype, ROUND) * up
+        at = out_ptr + place * WIDTH + columns
+    else:
+        weight_at = weight_ptr + expert * (WIDTH * INPUTS)
+        result = _row_product(x_ptr + place * INPUTS, weight_at, outputs, INPUTS, BLOCK_K)
+        at = out_ptr + pair * WIDTH + columns
+    tl.store(at, result.to(dtype), mask=columns < WIDTH)
 
 
 @triton.jit

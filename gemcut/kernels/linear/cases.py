@@ -48,6 +48,7 @@ def case(
         full_size=full_size,
         numerics=("reference",),
         tolerance=2.0,  # in fp32 the order of summation is all that differs
+        flips=5e-3,  # with 8,192 products it flips more roundings
     )
 
 

@@ -1,9 +1,10 @@
 """Routing on the GPU in one launch for up to 64 tokens, in two for more; nothing waits for the host.
 
-`_route` takes BM tokens a program, or SPLIT programs for them, each with some of the experts: few tokens
-are bound by reading the router's weight, which one multiprocessor cannot do fast. The last of the SPLIT to
-finish chooses for all of them. With one tile of tokens it also writes the order; with several,
-each tile leaves its counts of tokens by expert, and `_order` turns them into places.
+`_route` takes BM tokens a program, or SPLIT x PIECES programs for them, each with some of the experts and
+a piece of the sum: few tokens are bound by reading the router's weight, which one multiprocessor cannot do
+fast. The last of them to finish adds the pieces up, in their order, and chooses. With one tile of tokens
+it also writes the order; with several, each tile leaves its counts of tokens by expert, and `_order` turns
+them into places.
 """
 
 # triton types neither launches nor constants
@@ -21,23 +22,25 @@ from gemcut.kernels.backend import Backend
 from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.router.op import Routing
 
+PROGRAMS = 64  # that share one tile's product, or a few tiles'
 MAX_TILES = 64  # tiles of tokens whose experts are split; more tiles fill the chip without
+LEAST = tl.constexpr(-0x8000000000000000)  # below every key
 
 
 @triton.jit
 def _product(
-    r_ptr, weight_ptr, rows, experts, count,
+    r_ptr, weight_ptr, rows, experts, count, begin, stop,
     H: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BM, BN] in fp32; rows of padding are not read."""
+    """Logits [BM, BN] in fp32, summed over [begin, stop) of H; rows of padding are not read."""
     total = tl.zeros([BM, BN], tl.float32)
     row_mask = (rows < count)[:, None]
     expert_mask = (experts < E)[None, :]
     inner = tl.arange(0, BK)
     r = r_ptr + rows.to(tl.int64)[:, None] * H + inner[None, :]
     w = weight_ptr + experts[None, :] * H + inner[:, None]
-    for k in range(0, H, BK):
-        inside = inner < H - k
+    for k in range(begin, stop, BK):
+        inside = inner < stop - k
         a = tl.load(r + k, row_mask & inside[None, :], other=0.0)
         b = tl.load(w + k, expert_mask & inside[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -57,19 +60,23 @@ def _choose(
     real = rows < count
     within = rows < size
     # not a number: never chosen before one, and still a valid expert, chosen once
-    left = tl.where(logits == logits, tl.maximum(logits, -3.0e38), -3.0e38)
+    left = tl.where(logits == logits, tl.maximum(logits, -3.0e38), -3.0e38) + 0.0  # -0.0 becomes 0.0
     left = tl.where(expert < E, left, float("-inf"))
     top = tl.max(left, 1)
     mass = tl.sum(tl.exp(left - top[:, None]), 1)
-    chosen_logits = tl.full([BM, KP], float("-inf"), tl.float32)
-    chosen_experts = tl.zeros([BM, KP], tl.int32)
+    # by logit, ties to the lowest expert: the softmax keeps this order. Both in one integer, largest first
+    bits = left.to(tl.int32, bitcast=True)
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (EP - 1 - expert)
+    best_keys = tl.full([BM, KP], LEAST, tl.int64)
     for k in tl.static_range(K):
-        # by logit, ties to the lowest expert: the softmax keeps this order
-        value, index = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
-        chosen_logits = tl.where(slot == k, value[:, None], chosen_logits)
-        chosen_experts = tl.where(slot == k, index[:, None], chosen_experts)
-        left = tl.where(expert == index[:, None], float("-inf"), left)
-    chosen = real[:, None] & (expert < E) & (left == float("-inf"))
+        best = tl.max(keys, 1)[:, None]
+        best_keys = tl.where(slot == k, best, best_keys)
+        keys = tl.where(keys == best, LEAST, keys)
+    chosen = real[:, None] & (expert < E) & (keys == LEAST)
+    chosen_experts = tl.where(slot < K, EP - 1 - (best_keys & 0x7FFFFFFF), 0).to(tl.int32)
+    bits = (best_keys >> 32).to(tl.int32)
+    chosen_logits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    chosen_logits = tl.where(slot < K, chosen_logits, float("-inf"))
     probability = tl.exp(chosen_logits - top[:, None]) / mass[:, None]
     slots = slot < K
     scale = tl.load(scale_ptr + chosen_experts, slots, other=0.0).to(tl.float32)
@@ -93,16 +100,13 @@ def _choose(
         before += (ends - by_expert)[None, :]
     else:
         tl.store(counts_ptr + tile * EP + tl.arange(0, EP), by_expert)
-    for k in tl.static_range(K):
-        mine = tl.sum(tl.where(slot == k, chosen_experts, 0), 1)
-        place = tl.sum(tl.where(expert == mine[:, None], before, 0), 1)
-        flat = rows.to(tl.int64) * K + k
-        if ONE_TILE:
-            # the pairs of padding follow all others, as they come
-            place = tl.where(real, place, flat.to(tl.int32))
-            tl.store(order_ptr + place, flat, within)
-        else:
-            tl.store(ranks_ptr + flat, place, within)
+    place = tl.gather(before, chosen_experts, 1)
+    if ONE_TILE:
+        # the pairs of padding follow all others, as they come
+        place = tl.where(real[:, None], place, pair.to(tl.int32))
+        tl.store(order_ptr + place, pair, written)
+    else:
+        tl.store(ranks_ptr + pair, place, written)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -110,34 +114,42 @@ def _route(
     r_ptr, weight_ptr, scale_ptr, count_ptr, logits_ptr, arrivals_ptr,
     weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr, size,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, ONE_TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, ONE_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     after_previous(OVERLAP)
     tile = tl.program_id(0)
     rows = tile * BM + tl.arange(0, BM)
     count = tl.load(count_ptr)
     BN: tl.constexpr = EP // SPLIT
-    part = tl.program_id(1)
+    part = tl.program_id(1) % SPLIT
+    piece = tl.program_id(1) // SPLIT
     experts = part * BN + tl.arange(0, BN)
-    logits = _product(r_ptr, weight_ptr, rows, experts, count, H, E, BM, BN, BK)
-    logits = logits.to(r_ptr.dtype.element_ty).to(tl.float32)
-    if SPLIT == 1:
+    WIDTH: tl.constexpr = (H + PIECES * BK - 1) // (PIECES * BK) * BK
+    begin = piece * WIDTH
+    logits = _product(
+        r_ptr, weight_ptr, rows, experts, count, begin, tl.minimum(begin + WIDTH, H), H, E, BM, BN, BK
+    )
+    if SPLIT * PIECES == 1:
         _choose(
-            logits, scale_ptr, rows, tile, count, size,
+            logits.to(r_ptr.dtype.element_ty).to(tl.float32), scale_ptr, rows, tile, count, size,
             weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
             E, K, EP, KP, BM, ONE_TILE,
         )  # fmt: skip
     else:
-        tl.store(logits_ptr + rows[:, None] * EP + experts[None, :], logits)
+        at = logits_ptr + tile * (PIECES * BM * EP) + tl.arange(0, BM)[:, None] * EP
+        tl.store(at + piece * (BM * EP) + experts[None, :], logits)
         tl.debug_barrier()  # all threads' stores come before the arrival that publishes them
         arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
-        if arrived & (SPLIT - 1) == SPLIT - 1:
+        if arrived & (SPLIT * PIECES - 1) == SPLIT * PIECES - 1:
             tl.debug_barrier()
-            everyone = tl.arange(0, EP)
-            # .cg: past this multiprocessor's L1, which other programs' stores do not reach
-            whole = tl.load(logits_ptr + rows[:, None] * EP + everyone[None, :], cache_modifier=".cg")
+            everyone = tl.arange(0, EP)[None, :]
+            whole = tl.zeros([BM, EP], tl.float32)
+            for i in tl.static_range(PIECES):
+                # .cg: past this multiprocessor's L1, which other programs' stores do not reach
+                whole += tl.load(at + i * (BM * EP) + everyone, cache_modifier=".cg")
             _choose(
-                whole, scale_ptr, rows, tile, count, size,
+                whole.to(r_ptr.dtype.element_ty).to(tl.float32), scale_ptr, rows, tile, count, size,
                 weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
                 E, K, EP, KP, BM, ONE_TILE,
             )  # fmt: skip
@@ -177,11 +189,11 @@ def _order(
 
 
 @cache
-def _arrivals(weight: int, device: torch.device) -> torch.Tensor:
-    """Counters of one router, told apart by where its weight lies.
+def _arrivals(weight: int, programs: int, device: torch.device) -> torch.Tensor:
+    """Counters of one router, told apart by where its weight lies, for launches of so many programs a tile.
 
-    They only ever go up, by SPLIT a launch (a power of two, so that wrapping is harmless): nobody sets them
-    back. Launches of one router must follow one another; those of two may overlap.
+    They only ever go up, by `programs` a launch (a power of two, so that wrapping is harmless): nobody sets
+    them back. Launches of one router must follow one another; those of two may overlap.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("route_experts must have run once before it is captured")
@@ -205,22 +217,25 @@ def route_experts(
     tiles = triton.cdiv(size, tile)
     # from 64 tiles on, reading r once counts for more than filling the chip
     split = 1 if tiles > MAX_TILES else min(8, padded // 16)
+    pieces = 1
+    while split > 1 and not backend.deterministic and 2 * pieces * split * tiles <= PROGRAMS:
+        pieces *= 2
     weights = torch.empty(size, top_k, dtype=torch.float32, device=device)
     experts = torch.empty(size, top_k, dtype=torch.int64, device=device)
     order = torch.empty(size * top_k, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
     logits = arrivals = ranks = counts = None
     if split > 1:
-        logits = torch.empty(tiles * tile, padded, dtype=torch.float32, device=device)
-        arrivals = _arrivals(weight.data_ptr(), device)
+        logits = torch.empty(tiles, pieces, tile, padded, dtype=torch.float32, device=device)
+        arrivals = _arrivals(weight.data_ptr(), split * pieces, device)
     if tiles > 1:
         ranks = torch.empty(size * top_k, dtype=torch.int32, device=device)
         counts = torch.empty(tiles, padded, dtype=torch.int32, device=device)
-    _route[(tiles, split)](
+    _route[(tiles, split * pieces)](
         r, weight, per_expert_scale, count, logits, arrivals,
         weights, experts, order, offsets, ranks, counts, size,
         hidden, num_experts, top_k, padded, triton.next_power_of_2(top_k),
-        tile, 128 if r.element_size() == 2 else 64, split, tiles == 1,
+        tile, 128 if r.element_size() == 2 else 64, split, pieces, tiles == 1,
         num_warps=8 if tile == 64 else 4, num_stages=3, **overlap(device),
     )  # fmt: skip
     if tiles > 1:
