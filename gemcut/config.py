@@ -27,6 +27,8 @@ class EngineConfig:
     kv_bytes: memory of the KV cache; None takes `gpu_memory_utilization` of the GPU's memory less what
     is in use, or 1 GiB on a CPU. max_num_batched_tokens: tokens of a step. max_num_seqs: sequences that
     run at once. max_model_len: None for the model's context, or less if the KV cache cannot hold it.
+    page_size: tokens of a KV page, what a prefix hit is counted in; None for 64 on a GPU, whose copy engine
+    then fetches whole tiles, and 16 on a CPU.
     deterministic: tokens and logprobs of a request are bit-equal whatever else runs, however its prompt is
     chunked, cached or recomputed; slower. Without it products of other shapes may round otherwise, and
     near-ties fall otherwise. seed: requests that bring none get seeds derived from it, in order of arrival;
@@ -51,7 +53,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 64
     max_model_len: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     enable_prefix_caching: bool = True
     deterministic: bool = False
     image_tokens: int | None = None
@@ -65,7 +67,7 @@ class EngineConfig:
             if getattr(self, name) not in known:
                 choices = ", ".join(known)
                 raise ConfigError(f"{name} cannot be {getattr(self, name)!r}. Choose one of: {choices}.")
-        for name in ("max_num_batched_tokens", "max_num_seqs", "page_size"):
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -78,7 +80,7 @@ class EngineConfig:
             raise ConfigError(f"image_tokens must be one of {budgets}, got {self.image_tokens!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
-        for name in ("kv_bytes", "max_model_len"):
+        for name in ("kv_bytes", "max_model_len", "page_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")

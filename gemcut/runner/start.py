@@ -26,6 +26,7 @@ from gemcut.runner.runner import ModelRunner
 log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
+PAGE_SIZES = {"cpu": 16, "cuda": 64}
 GRAPH_BYTES = 1 << 30  # of the launches that graphs hold
 LEAST_CAPABILITY = (8, 0)  # bf16 products: Ampere and newer
 AUTO_NUMERICS = "reference"  # no kernel rounds more often than the reference, so this is never less exact
@@ -94,14 +95,14 @@ def start(
     sizes = PoolSizes.within(
         plan.text,
         budget,
-        page_size=config.page_size,
+        page_size=config.page_size or PAGE_SIZES[device.type],
         value_bytes=value_bytes,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=largest,
         max_model_len=max_model_len,
     )
     if plan.text.owners("full"):
-        max_model_len = min(max_model_len, sizes.full_pages * config.page_size)
+        max_model_len = min(max_model_len, sizes.full_pages * sizes.page_size)
     runner = ModelRunner(
         model,
         sizes,
