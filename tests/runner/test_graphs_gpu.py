@@ -189,7 +189,7 @@ def test_deterministic_answers_do_not_depend_on_company(folder: Path, dtype: str
 
 
 def test_a_small_pool_preempts_and_changes_nothing(folder: Path) -> None:
-    settings = SETTINGS | {"deterministic": True, "dtype": "bfloat16"}
+    settings = SETTINGS | {"deterministic": True, "dtype": "bfloat16", "page_size": 16}
     own = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True, logprobs=0, seed=1)
     roomy = LLM(str(folder), **settings)
     want = [output.outputs[0].logprobs for output in roomy.generate(TEXTS * 4, own, use_tqdm=False)]
@@ -204,7 +204,7 @@ def test_a_small_pool_preempts_and_changes_nothing(folder: Path) -> None:
 
 def test_rows_that_break_do_so_alone_through_graphs(folder: Path) -> None:
     """NaN in one row's cache: its request errs, the others' tokens are what they were."""
-    llm = LLM(str(folder), **SETTINGS, graphs="full", enable_prefix_caching=False)
+    llm = LLM(str(folder), **SETTINGS, page_size=16, graphs="full", enable_prefix_caching=False)
     want = [output.outputs[0].token_ids for output in llm.generate(TEXTS, GREEDY, use_tqdm=False)]
     runner: Any = llm._engine.runner
     launch = runner.launch
