@@ -62,6 +62,10 @@ class Contender(Protocol):
         """Answer all prompts, greedily, with exactly so many tokens each."""
         ...
 
+    def facts(self) -> dict[str, Any]:
+        """What it really ran with, for records."""
+        ...
+
 
 class Gemcut:
     """An engine of ours."""
@@ -91,6 +95,15 @@ class Gemcut:
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and answer."""
         return self.engine.scheduler.limits.longest
+
+    def facts(self) -> dict[str, Any]:
+        counts = self.runner.counts
+        forwards = {
+            "replays": dict(counts.replays),
+            "eager": dict(counts.eager),
+            "dropped": dict(counts.dropped),
+        }
+        return asdict(self.used) | {"forwards": forwards}
 
     def sibling(self, name: str, **settings: Any) -> Gemcut:
         """Another engine on the same weights."""
@@ -222,6 +235,11 @@ class Setup:
             return self.random_weights
         return "demo" if self.config.model is None else self.config.model
 
+    @property
+    def seed(self) -> int:
+        """Of the random weights."""
+        return self.config.seed or 0
+
     def files(self) -> ModelFiles:
         if self.random_weights is None:
             return open_files(self.config)
@@ -232,7 +250,7 @@ class Setup:
     def start(self) -> list[Gemcut]:
         """The engines, on one set of weights; several divide the memory for KV among them."""
         files = self.files()
-        weights = None if self.random_weights is None else RandomWeights(self.config.seed or 0)
+        weights = None if self.random_weights is None else RandomWeights(self.seed)
         (name, settings), *others = (self.versus or {"gemcut": {}}).items()
         config = replace(self.config, kv_bytes=self._kv_bytes(files))
         first = Gemcut(name, replace(config, **settings), files, weights)

@@ -50,9 +50,13 @@ def measure(
     note: Callable[[str], None],
     cached: int = CACHED,
     new_tokens: int = NEW,
+    experts: Mapping[int, float | None] | None = None,
 ) -> list[Row]:
-    """Every batch size, the contenders by turns. What does not fit into a contender's memory is left out, and
-    `note` is told."""
+    """Every batch size, the contenders by turns.
+
+    What does not fit into a contender's memory is left out, and `note` is told. experts: by batch, if they
+    were counted before.
+    """
     rows = []
     counter = ExpertCounter(contenders)
     for batch in batches:
@@ -71,8 +75,8 @@ def measure(
             continue
         firsts = by_turns(ready, rounds, lambda c, _, p=prompts: c.generate(p, 1))
         wholes = by_turns(ready, rounds, lambda c, _, p=prompts: c.generate(p, new_tokens))
-        experts = counter.distinct(prompts, wholes[ready[0].name][0].answers)
-        floor = roofline.decode_ms(batch, cached, experts)
+        counted = (experts or {}).get(batch) or counter.distinct(prompts, wholes[ready[0].name][0].answers)
+        floor = roofline.decode_ms(batch, cached, counted)
         for contender in ready:
             traces = wholes[contender.name]
             if preemptions := sum(trace.preemptions for trace in traces):
@@ -92,7 +96,7 @@ def measure(
                     slope=(whole - first) / (new_tokens - 1),
                     step=step,
                     device=_device(contender, prompts),
-                    experts=experts,
+                    experts=counted,
                     share=floor / step.median,
                 )
             )

@@ -44,8 +44,8 @@ class Table(NamedTuple):
 class Record:
     """One subject's measurement.
 
-    name: of its file, the subject's own unless several engines were set against one another. facts: the
-    setting, its keys depend on the subject. notes: what a reader of the numbers has to know.
+    name: of its file; the subject's own, unless engines were set against one another or it is a peer's.
+    facts: the setting, its keys depend on the subject. notes: what a reader of the numbers has to know.
     """
 
     subject: str
@@ -70,12 +70,13 @@ class Record:
         command: str,
         facts: Mapping[str, Any],
         notes: Sequence[str] = (),
+        peer: str = "",
     ) -> Record:
-        """results: dataclasses, one a row."""
+        """results: dataclasses, one a row. peer: whose they are, if not ours."""
         engines = {getattr(result, "engine", "") for result in results}
         return cls(
             subject=subject,
-            name=f"{subject}-compare" if len(engines) > 1 else subject,
+            name="-".join(filter(None, (subject, peer, "compare" if len(engines) > 1 else ""))),
             device=device_name(device),
             command=command,
             commit=_commit(),

@@ -17,7 +17,10 @@ from gemcut.errors import ConfigError
 
 BEGIN, END = "<!-- bench tables: gemcut bench report -->", "<!-- end of bench tables -->"
 # in the README, in this order; a profile is for those who optimise, kernels are too many
-IN_README = ("prefill", "decode", "vision", "batch", "startup", "prefill-compare", "decode-compare")
+IN_README = (
+    *("prefill", "prefill-transformers", "decode", "decode-transformers", "vision", "batch", "startup"),
+    *("prefill-compare", "decode-compare"),
+)
 TITLES = {"prefill": "Prefill", "decode": "Decode", "batch": "Offline batch"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }

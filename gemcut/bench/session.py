@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemcut.bench import batch, decode, memory, prefill, profile, vision
-from gemcut.bench.contender import Setup
+from gemcut.bench.against import Transformers
+from gemcut.bench.contender import Gemcut, Setup, release
 from gemcut.bench.profile import Kind
 from gemcut.bench.records import Record, Table, device_name
 from gemcut.bench.roofline import Roofline
 from gemcut.bench.timing import measure_ceilings
 from gemcut.runner.start import choose_device
 
+AGAINST = ("prefill", "decode")  # subjects that a peer can be measured by
+PEER_BATCH = 32  # its largest by default: a step takes a tenth of a second, and padded KV much memory
 PREFILLS, DECODES = (256, 8192), (1, 64)  # steps that are profiled
 
 
@@ -36,7 +39,7 @@ class Sizes:
 
 
 class Session:
-    """`tell` is given lines for whoever waits."""
+    """`tell` is given lines for whoever waits. peer: the other side, once it has taken the engines' place."""
 
     def __init__(
         self, setup: Setup, *, command: str, records: Path | None, tell: Callable[[str], None]
@@ -46,7 +49,10 @@ class Session:
         # before the engine takes the memory that a fair copy needs
         self.ceilings = measure_ceilings(self.device)
         tell(f"{device_name(self.device)}: {self.ceilings}")
+        self.peer: Transformers | None = None
+        self.experts: dict[int, float | None] = {}  # by batch, as far as they were counted
         self.contenders = setup.start()
+        self.dtype = self.contenders[0].dtype
         first = self.contenders[0]
         self.roofline = Roofline(first.plan, self.ceilings, first.dtype.itemsize)
         for contender in self.contenders:
@@ -57,6 +63,16 @@ class Session:
             )
             for what, why in used.switched_off:
                 tell(f"{contender.name}: without {what}: {why}")
+
+    def change_sides(self) -> None:
+        """Give the engines up for transformers: both do not fit on one device at full size."""
+        release(self.contenders)
+        self.peer = Transformers(self.setup, self.device, self.dtype)
+        self.tell("transformers, after gemcut, on the same device and the same weights")
+
+    @property
+    def sides(self) -> Sequence[Gemcut | Transformers]:
+        return self.contenders if self.peer is None else [self.peer]
 
     def run(self, subject: str, sizes: Sizes) -> tuple[Record, list[Table]]:
         """Measure one of `SUBJECTS`, write its record, and return it with its tables."""
@@ -73,30 +89,34 @@ class Session:
             self.ceilings,
             results,
             command=self.command,
-            facts=self.setup.facts() | {"engines": {c.name: asdict(c.used) for c in self.contenders}},
+            facts=self.setup.facts() | {"engines": {side.name: side.facts() for side in self.sides}},
             notes=notes,
+            peer="" if self.peer is None else self.peer.name,
         )
         if self.records is not None:
             self.tell(f"written to {record.write(self.records)}")
         return record, tables(record)
 
     def prefill(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
-        most = min(contender.longest for contender in self.contenders) - 1
+        most = min(side.longest for side in self.sides) - 1
         tokens = _fitting(sizes.tokens, prefill.TOKENS, most, "tokens", note)
-        return prefill.measure(self.contenders, self.roofline, tokens, sizes.prefill_rounds)
+        return prefill.measure(self.sides, self.roofline, tokens, sizes.prefill_rounds)
 
     def decode(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
-        most = self.setup.config.max_num_seqs
+        most = self.setup.config.max_num_seqs if self.peer is None else PEER_BATCH
         batches = _fitting(sizes.batches, decode.BATCHES, most, "sequences", note)
-        return decode.measure(
-            self.contenders,
+        rows = decode.measure(
+            self.sides,
             self.roofline,
             batches,
-            sizes.decode_rounds,
+            sizes.decode_rounds if self.peer is None else 1,
             note=note,
             cached=sizes.cached,
             new_tokens=sizes.new_tokens,
+            experts=self.experts,
         )
+        self.experts |= {row.batch: row.experts for row in rows}
+        return rows
 
     def vision(self, sizes: Sizes, _: Callable[[str], None]) -> list[Any]:
         return vision.measure(self.contenders, self.roofline, sizes.pictures, sizes.vision_rounds)

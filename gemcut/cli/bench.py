@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from gemcut.cli import options, terminal
+from gemcut.cli import bench_serve, options, terminal
 
 if TYPE_CHECKING:
     from gemcut.bench.contender import Setup
     from gemcut.bench.profile import Kind
     from gemcut.bench.records import Record, Table
-    from gemcut.bench.session import Sizes
+    from gemcut.bench.session import Session, Sizes
 
 app = typer.Typer(
     help="Measure the engine on this machine, beside what the machine could do.", no_args_is_help=True
 )
+
+app.command("serve")(bench_serve.serve)
 
 COMPARED = ("kernels", "numerics", "graphs")
 SUBJECTS = ("prefill", "decode", "vision", "batch", "memory", "profile")
@@ -67,6 +69,10 @@ Batches = Annotated[Any, numbers("--batches", "Sequences at once, such as 1,64."
 Cached = Annotated[int, options.flag("--cached", help="Tokens of a prompt.", min=1, panel=MEASURED)]
 NewTokens = Annotated[int, options.flag("--new", help="Tokens of an answer.", min=2, panel=MEASURED)]
 Requests = Annotated[int, options.flag("--requests", help="Prompts of the batch.", min=1, panel=MEASURED)]
+Against = Annotated[
+    Literal["transformers"] | None,
+    options.flag("--against", help="Measure this after gemcut, with the same weights.", panel=MEASURED),
+]
 Pictures = Annotated[Any, numbers("--pictures", "Pictures at once, such as 1,4.")]
 
 
@@ -85,12 +91,23 @@ class Invocation:
         kept = [word for word in words if not (word == "--records" and next(words, None))]
         return shlex.join(["gemcut", *(word for word in kept if not word.startswith("--records="))])
 
-    def run(self, subjects: Sequence[str], sizes: Sizes) -> None:
+    def run(self, subjects: Sequence[str], sizes: Sizes, against: str | None = None) -> None:
         """Measure, and print a table for each subject as soon as it is there. One that fails does not keep
         the others from being measured; its error comes at the end."""
-        from gemcut.bench.session import Session
+        from gemcut.bench.against import check_peer
+        from gemcut.bench.session import AGAINST, Session
 
+        if against is not None:
+            check_peer(self.setup)
         session = Session(self.setup, command=self.command, records=self.records, tell=tell)
+        failures = self._measure(session, subjects, sizes)
+        if against is not None:
+            session.change_sides()
+            failures += self._measure(session, [s for s in subjects if s in AGAINST], sizes)
+        if failures:
+            raise failures[0]
+
+    def _measure(self, session: Session, subjects: Sequence[str], sizes: Sizes) -> list[Exception]:
         failures: list[Exception] = []
         for subject in subjects:
             try:
@@ -98,8 +115,7 @@ class Invocation:
             except Exception as error:
                 failures.append(error)
                 tell(f"{subject} failed: {error}")
-        if failures:
-            raise failures[0]
+        return failures
 
     def show(self, record: Record, tables: Sequence[Table]) -> None:
         if self.json:
@@ -204,11 +220,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @command
-def prefill(bench: Invocation, tokens: Tokens = None, rounds: Rounds = 10) -> None:
+def prefill(bench: Invocation, tokens: Tokens = None, rounds: Rounds = 10, against: Against = None) -> None:
     """One prompt, one new token: 16 to 8,192 tokens."""
     from gemcut.bench.session import Sizes
 
-    bench.run(["prefill"], Sizes(tokens=tokens, prefill_rounds=rounds))
+    bench.run(["prefill"], Sizes(tokens=tokens, prefill_rounds=rounds), against)
 
 
 @command
@@ -218,11 +234,13 @@ def decode(
     cached: Cached = 1024,
     new: NewTokens = 128,
     rounds: Rounds = 3,
+    against: Against = None,
 ) -> None:
     """A token more for each of 1, 8, 32 or 64 sequences with 1,024 tokens cached."""
     from gemcut.bench.session import Sizes
 
-    bench.run(["decode"], Sizes(batches=batches, cached=cached, new_tokens=new, decode_rounds=rounds))
+    sizes = Sizes(batches=batches, cached=cached, new_tokens=new, decode_rounds=rounds)
+    bench.run(["decode"], sizes, against)
 
 
 @command
@@ -317,6 +335,7 @@ def all_(
     cached: Cached = 1024,
     new: NewTokens = 128,
     requests: Requests = 256,
+    against: Against = None,
 ) -> None:
     """Several subjects in one process, on one set of weights."""
     from gemcut.bench.session import SUBJECTS, Sizes
@@ -326,7 +345,7 @@ def all_(
         raise typer.BadParameter(f"There is no {', '.join(unknown)}. Choose from {', '.join(SUBJECTS)}.")
     subjects = [subject for subject in SUBJECTS if subject in wanted]
     sizes = Sizes(tokens=tokens, batches=batches, cached=cached, new_tokens=new, requests=requests)
-    bench.run(subjects, sizes)
+    bench.run(subjects, sizes, against)
 
 
 @app.command()
