@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemcut.cli import terminal
 from gemcut.errors import GemcutError, InvalidRequest
-from gemcut.outputs import CompletionOutput, Delta, RequestOutput
+from gemcut.outputs import CompletionOutput, Delta, RequestOutput, Stats
 
 if TYPE_CHECKING:
     from gemcut.engine.model_files import ChatPrompt, ModelFiles
@@ -94,8 +94,8 @@ def closing_line(output: RequestOutput, used: Used, *, asked_tokens: int | None)
     terminal.write_dim(" · ".join(facts) + "\n")
 
 
-def as_json(output: RequestOutput, used: Used) -> dict[str, Any]:
-    """Everything about an answer, as `--json` prints it."""
+def as_json(output: RequestOutput, used: Used, stats: Stats) -> dict[str, Any]:
+    """Everything about an answer, as `--json` prints it, and which way its forwards took."""
     answer = output.outputs[0]
     facts = asdict(used)
     facts["switched_off"] = [{"what": what, "why": why} for what, why in used.switched_off]
@@ -109,6 +109,11 @@ def as_json(output: RequestOutput, used: Used) -> dict[str, Any]:
         "usage": asdict(output.usage),
         "timings": asdict(output.timings),
         "used": facts,
+        "forwards": {
+            "graph_replays": stats.graph_replays,
+            "eager": stats.eager_forwards,
+            "dropped_graphs": stats.dropped_graphs,
+        },
     }
 
 

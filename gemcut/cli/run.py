@@ -50,7 +50,8 @@ def run(
     gemcut run photo.jpg "What is in the picture?"
 
     The answer goes to stdout as it is written, thoughts go to stderr. With --json the last line of stdout is
-    one object: text, reasoning, tool_calls, prompt_token_ids, token_ids, finish_reason, usage, timings, used.
+    one object: text, reasoning, tool_calls, prompt_token_ids, token_ids, finish_reason, usage, timings, used,
+    forwards.
     """
     pictures, question = split_words(words or ())
     settings = options.engine_settings(
@@ -87,7 +88,7 @@ def run(
     llm = answer.start(settings, files)
     output = answer.stream(llm, prompt, params, shown=not json)
     if json:
-        terminal.write_json(answer.as_json(output, llm.used))
+        terminal.write_json(answer.as_json(output, llm.used, llm.stats()))
     answer.closing_line(output, llm.used, asked_tokens=max_tokens)
 
 

@@ -47,7 +47,7 @@ def test_json() -> None:
     assert result.code == 0
     assert result.out.count("\n") == 1
     found = result.json
-    assert list(found) == [*KEYS, "used"]
+    assert list(found) == [*KEYS, "used", "forwards"]
     assert (found["text"], found["reasoning"], found["tool_calls"]) == (SAID.strip(), "", [])
     assert found["finish_reason"] == "stop"
     usage = found["usage"]
@@ -59,6 +59,12 @@ def test_json() -> None:
     used = found["used"]
     assert {"device", "dtype", "kernels", "graphs", "switched_off"} <= set(used)
     assert all(set(entry) == {"what", "why"} for entry in used["switched_off"])
+    forwards = found["forwards"]
+    assert set(forwards) == {"graph_replays", "eager", "dropped_graphs"}
+    assert (
+        sum(forwards["eager"].values()) + forwards["graph_replays"].get("full", 0)
+        >= usage["completion_tokens"]
+    )
 
 
 def test_device_and_dtype_are_taken() -> None:
