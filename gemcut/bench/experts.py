@@ -50,7 +50,7 @@ class ExpertCounter:
         """Experts of the last tokens of a sequence, [layers, last, K]."""
         assert self._owner is not None, "there is a model with experts"
         if not self._readers:
-            self._readers.append(self._start(self._owner))
+            self._readers.append(self._start(self._owner, len(ids)))
         reader = self._readers[0]
         with _routings() as calls:
             reader.generate([ChatPrompt(Prompt(ids), (), False)], 1)
@@ -58,11 +58,16 @@ class ExpertCounter:
         return torch.stack([torch.cat(calls[i::layers])[-last:] for i in range(layers)])
 
     @staticmethod
-    def _start(owner: Gemcut) -> Gemcut:
+    def _start(owner: Gemcut, tokens: int) -> Gemcut:
+        """A reader of one sequence of so many tokens at a time."""
         plan, limits = owner.plan.text, owner.engine.scheduler.limits
         per_token = sum(kv_bytes_per_token(plan, kind, owner.dtype.itemsize) for kind in ("sliding", "full"))
-        tokens = min(4096, limits.max_model_len) + 2 * limits.page_size
-        return owner.sibling("expert counter", graphs="off", max_num_seqs=1, kv_bytes=2 * tokens * per_token)
+        return owner.sibling(
+            "expert counter",
+            graphs="off",
+            max_num_seqs=1,
+            kv_bytes=2 * (tokens + 2 * limits.page_size) * per_token,
+        )
 
 
 def _has_experts(contender: Gemcut) -> bool:

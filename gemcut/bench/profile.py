@@ -23,6 +23,7 @@ from gemcut.bench.contender import Gemcut, text_prompt
 from gemcut.bench.decode import CACHED
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
+from gemcut.engine.model_files import ChatPrompt
 
 Kind = Literal["prefill", "decode"]
 SHOWN = 12  # kernels of a table; the record has all
@@ -74,9 +75,18 @@ def measure(
     contenders: Sequence[Gemcut], roofline: Roofline, wanted: Sequence[tuple[Kind, int]]
 ) -> list[Row]:
     """wanted: ("prefill", tokens) and ("decode", batch)."""
-    with _profiler(contenders[0]):  # the first one loses what runs while it sets itself up
-        contenders[0].generate([text_prompt(roofline.plan, 16, seed=0)], 1)
+    warm_up(contenders[0])
     return [_row(contender, roofline, kind, size) for kind, size in wanted for contender in contenders]
+
+
+def count_launches(contender: Gemcut, prompt: ChatPrompt) -> tuple[float, int]:
+    """Kernels a layer, and calls of the driver, of one prompt's prefill; what is outside of the layers counts
+    as if it were in them."""
+    with _profiler(contender) as profile:
+        contender.generate([prompt], 1)
+        contender.synchronize()
+    kernels, host_launches, _ = _read(profile, contender.device)
+    return sum(kernel.count for kernel in kernels) / len(contender.plan.text.layers), host_launches
 
 
 def _row(contender: Gemcut, roofline: Roofline, kind: Kind, size: int) -> Row:
@@ -111,6 +121,12 @@ def _row(contender: Gemcut, roofline: Roofline, kind: Kind, size: int) -> Row:
         host_launches=host_launches / steps,
         by_kernel=[Kernel(k.segment, k.name, k.count / steps, k.time / steps) for k in kernels],
     )
+
+
+def warm_up(contender: Gemcut) -> None:
+    """A first profile loses what runs while it sets itself up. From then on everything is slower."""
+    with _profiler(contender):
+        contender.generate([text_prompt(contender.plan, 16, seed=0)], 1)
 
 
 def _profiler(contender: Gemcut) -> AbstractContextManager[Any]:

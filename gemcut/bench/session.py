@@ -100,7 +100,8 @@ class Session:
     def prefill(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
         most = min(side.longest for side in self.sides) - 1
         tokens = _fitting(sizes.tokens, prefill.TOKENS, most, "tokens", note)
-        return prefill.measure(self.sides, self.roofline, tokens, sizes.prefill_rounds)
+        compares = len(self.sides) > 1
+        return prefill.measure(self.sides, self.roofline, tokens, sizes.prefill_rounds, launches=compares)
 
     def decode(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
         most = self.setup.config.max_num_seqs if self.peer is None else PEER_BATCH

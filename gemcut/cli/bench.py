@@ -167,9 +167,16 @@ def invocation(
         options.flag("--max-model-len", help="Tokens of prompt and answer; 8,448.", panel=options.ENGINE),
     ] = 8448,
     kv_bytes: options.KVBytes = None,
-    gpu_memory_utilization: options.GpuMemoryUtilization = 0.9,
+    gpu_memory_utilization: Annotated[
+        float,
+        options.flag(
+            "--gpu-memory-utilization",
+            help="Share of the GPU's memory to use; 0.94, as nobody else is there.",
+            panel=options.ENGINE,
+        ),
+    ] = 0.94,
     allow_unknown_config: options.AllowUnknownConfig = False,
-    seed: options.Seed = 0,
+    seed: Annotated[int, options.flag("--seed", help="Of the random weights; 0.", panel=MEASURED)] = 0,
     records: Records = None,
     json: options.Json = False,
 ) -> Invocation:
