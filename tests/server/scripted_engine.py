@@ -70,6 +70,15 @@ class PoisonedAnswer(Answer):
         return super().push(token_id, logprobs)
 
 
+class AuditedEngine(Engine):
+    """Counts its pages after each step: free, cached and used are all there are, or it crashes."""
+
+    def step(self) -> list[loop.Update]:
+        updates = super().step()
+        self.scheduler.memory.audit(self.scheduler.running)
+        return updates
+
+
 class ScriptedRunner:
     """Reads scripts out. step_s: how long a step takes."""
 
@@ -134,7 +143,8 @@ def start(message: wire.Start) -> tuple[Engine, wire.Started]:
     loop.Answer = PoisonedAnswer  # type: ignore[misc]
     step_s = float(os.environ.get("SCRIPTED_STEP_S", "0.001"))
     runner = ScriptedRunner(files.tokenizer, files.plan.text.vocab, step_s)
-    return Engine(files, limits, runner, ahead=True), wire.Started(limits.max_model_len, {"device": "none"})
+    kind = AuditedEngine if os.environ.get("SCRIPTED_AUDIT") else Engine
+    return kind(files, limits, runner, ahead=True), wire.Started(limits.max_model_len, {"device": "none"})
 
 
 if __name__ == "__main__":

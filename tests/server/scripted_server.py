@@ -1,4 +1,5 @@
-"""`python scripted_server.py JSON`: a whole server over `scripted_engine`. JSON: engine, config and watch."""
+"""`python scripted_server.py JSON`: a whole server over `scripted_engine`. JSON: engine, config, watch,
+and the module of the engine's process."""
 
 from __future__ import annotations
 
@@ -22,6 +23,6 @@ if __name__ == "__main__":
             ServerConfig(**{"served_model_names": ("scripted",), "port": 0, **config}),
             ModelFiles.open(CHECKPOINT),
             watch=Watch(**given.get("watch", {})),
-            module="scripted_engine",
+            module=given.get("module", "scripted_engine"),
         )
     )
