@@ -1,7 +1,7 @@
-"""`gemcut bench serve`: a server under load, as its clients see it. Any server that speaks OpenAI's interface.
+"""`gemcut bench serve`: any server that speaks OpenAI's interface under load, as its clients see it.
 
-A load is a rate, at which requests are sent whether or not earlier ones were answered, or a number of clients,
-each of which sends when it was answered. Times are from the sending of a request; how late the sender itself
+A load is a rate, at which requests are sent whether or not earlier ones were answered, or a number of clients
+that each send when they were answered. Times are from the sending of a request; how late the sender itself
 was is told beside them.
 """
 
@@ -24,9 +24,12 @@ from gemcut.errors import ConfigError
 SHARES = (50, 90, 99)
 LATENCIES = {"ttft": "first token", "tpot": "a token", "itl": "between news", "e2e": "whole answer"}
 SLO_NAMES = ("ttft", "tpot", "e2e")  # of one request; gaps between news have no single value
-WORDS = ("time year people way day man thing woman life child world school state family student group country "
-         "problem hand part place case week company system program question work number night point home water "
-         "room mother area money story fact month lot right study book eye job word business issue").split()  # fmt: skip
+# each is a token for most vocabularies
+WORDS = (
+    *("time", "year", "people", "way", "day", "thing", "life", "child", "world", "school", "state", "family"),
+    *("group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system", "program"),
+    *("question", "work", "number", "night", "point", "home", "water", "room", "area", "money", "story"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +42,9 @@ class Load:
     @property
     def name(self) -> str:
         """For tables."""
-        parts = [f"{self.rate:g}/s"] * (self.rate is not None) + [f"{self.clients} clients"] * bool(
-            self.clients
-        )
-        return ", ".join(parts) or "all at once"
+        rate = "" if self.rate is None else f"{self.rate:g}/s"
+        clients = "" if self.clients is None else f"{self.clients} clients"
+        return ", ".join(filter(None, (rate, clients))) or "all at once"
 
     def starts(self, count: int, dice: random.Random) -> Iterator[float]:
         """Seconds from the beginning at which requests are due: at random, as those of strangers."""
@@ -58,8 +60,8 @@ class Workload:
     """What is asked.
 
     input_words, output_tokens: of each request. pictures: new ones in each request, of `picture_size` pixels
-    (width, height). prompts: asked in turn instead, each a list of OpenAI's content parts. exact: answers go on
-    to `output_tokens` whatever the model says, which not all servers can do.
+    (width, height). prompts: asked in turn instead, each a list of OpenAI's content parts. exact: answers go
+    on to `output_tokens` whatever the model says, which not all servers can do.
     """
 
     input_words: int = 512
@@ -212,7 +214,10 @@ def _noise(dice: random.Random, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
-    """Prompts of a file: JSON lines of {"prompt": text, "images": [paths beside the file]}. Raises ConfigError."""
+    """Prompts of a file: JSON lines of {"prompt": text, "images": [paths beside the file]}.
+
+    Raises ConfigError naming the line.
+    """
     prompts = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
@@ -290,21 +295,28 @@ def _is_good(trace: Trace, slo_ms: Mapping[str, float]) -> bool:
 
 
 def table(result: Result) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Title, header and rows for a terminal."""
-    header = ["load", "done", "failed", "req/s", "tok/s in", "tok/s out"]
-    header += [f"{name} p{share} ms" for name in LATENCIES for share in SHARES]
-    header += ["goodput req/s", "good"] if result.slo_ms else []
-    rows = []
-    for row in result.rows:
-        cells = [row.load, str(row.requests - row.failed), str(row.failed), f"{row.requests_per_s:.2f}"]
-        cells += [f"{row.input_tokens_per_s:.0f}", f"{row.output_tokens_per_s:.0f}"]
-        for name in LATENCIES:
-            found = row.latencies_ms[name]
-            cells += [f"{found[f'p{share}']:.1f}" if found else "-" for share in SHARES]
-        if row.goodput is not None:
-            cells += [f"{row.goodput:.2f}", f"{row.good_share:.0%}"]
-        rows.append(tuple(cells))
-    return f"{result.model} at {result.server}", tuple(header), rows
+    """Title, header and rows for a terminal: a column for each load."""
+
+    def line(name: str, cell: Callable[[Row], str]) -> tuple[str, ...]:
+        return (name, *(cell(row) for row in result.rows))
+
+    def latency(name: str, share: int) -> tuple[str, ...]:
+        at = f"p{share}"
+        found = [row.latencies_ms[name].get(at) for row in result.rows]
+        return (f"{name} {at} ms", *("-" if value is None else f"{value:.1f}" for value in found))
+
+    lines = [
+        line("answered", lambda row: f"{row.requests - row.failed} of {row.requests}"),
+        line("requests/s", lambda row: f"{row.requests_per_s:.2f}"),
+        line("tokens/s in", lambda row: f"{row.input_tokens_per_s:.0f}"),
+        line("tokens/s out", lambda row: f"{row.output_tokens_per_s:.0f}"),
+        *(latency(name, share) for name in LATENCIES for share in SHARES),
+    ]
+    if result.slo_ms:
+        lines.append(line("goodput, requests/s", lambda row: f"{row.goodput:.2f}"))
+        lines.append(line("within the limits", lambda row: f"{row.good_share:.0%}"))
+    header = ("", *(row.load for row in result.rows))
+    return f"{result.model} at {result.server}", header, lines
 
 
 def plot(result: Result, traces: Sequence[Sequence[Trace]], path: Path) -> None:

@@ -9,7 +9,8 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,8 +78,8 @@ class Trace:
 
     @property
     def total_s(self) -> float:
-        """Seconds from sending to the last news."""
-        return self.news_s[-1] - self.sent_s
+        """Seconds from sending to the end of the stream. The last tokens may have no text."""
+        return self.end_s - self.sent_s
 
     @property
     def per_token_s(self) -> float | None:
@@ -97,7 +98,7 @@ async def get(endpoint: Endpoint, path: str, timeout_s: float = 10.0) -> Any:
     try:
         async with asyncio.timeout(timeout_s):
             status, lines = await _exchange(endpoint, "GET", path, b"")
-            body = b"".join([line async for line in lines])
+            body = await _all(lines)
     except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
         raise ServerFailed(
             f"{endpoint.host} port {endpoint.port} does not answer: {_reason(error)}."
@@ -117,16 +118,17 @@ async def ask(endpoint: Endpoint, body: bytes, trace: Trace, timeout_s: float) -
         async with asyncio.timeout(timeout_s):
             status, lines = await _exchange(endpoint, "POST", "/chat/completions", body)
             if status != 200:
-                trace.error = f"{status}: {_said(b''.join([line async for line in lines]))}"
-                return
-            trace.error = await _listen(lines, trace)
+                trace.error = f"{status}: {_said(await _all(lines))}"
+            else:
+                async with aclosing(lines):
+                    trace.error = await _listen(lines, trace)
     except (OSError, TimeoutError, asyncio.IncompleteReadError, ServerFailed) as error:
         trace.error = _reason(error)
     finally:
         trace.end_s = time.monotonic()
 
 
-async def _listen(lines: AsyncIterator[bytes], trace: Trace) -> str | None:
+async def _listen(lines: AsyncGenerator[bytes, None], trace: Trace) -> str | None:
     """Note the events of a stream. Returns what is wrong with it."""
     async for line in lines:
         if not line.startswith(b"data:"):
@@ -152,9 +154,14 @@ async def _listen(lines: AsyncIterator[bytes], trace: Trace) -> str | None:
     return None
 
 
+async def _all(lines: AsyncGenerator[bytes, None]) -> bytes:
+    async with aclosing(lines):
+        return b"".join([line async for line in lines])
+
+
 async def _exchange(
     endpoint: Endpoint, method: str, path: str, body: bytes
-) -> tuple[int, AsyncIterator[bytes]]:
+) -> tuple[int, AsyncGenerator[bytes, None]]:
     """The status of a request, and the lines of the answer's body."""
     context = ssl.create_default_context() if endpoint.tls else None
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context, limit=MAX_LINE)
@@ -190,7 +197,7 @@ def _head(endpoint: Endpoint, method: str, path: str, length: int) -> bytes:
 
 async def _lines(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, headers: Mapping[bytes, bytes]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Lines of a body, without their ends; the last one may have had none."""
     held = b""
     try:
@@ -204,7 +211,9 @@ async def _lines(
         writer.close()
 
 
-async def _pieces(reader: asyncio.StreamReader, headers: Mapping[bytes, bytes]) -> AsyncIterator[bytes]:
+async def _pieces(
+    reader: asyncio.StreamReader, headers: Mapping[bytes, bytes]
+) -> AsyncGenerator[bytes, None]:
     if headers.get(b"transfer-encoding", b"").lower() == b"chunked":
         while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
             yield await reader.readexactly(size)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-from server_rig import Server
+from server_rig import ROOT, Server
 
 # as shared with dashboards; counters without their `_total`
 FAMILIES = {
@@ -67,3 +71,21 @@ def test_waiting_shows_as_waiting() -> None:
         found = told(server)
     assert found["gemcut:request_queue_time_seconds_sum"] > 0.4
     assert found["gemcut:request_prefill_time_seconds_sum"] < 0.3
+
+
+def test_the_bench_command_against_a_server(scripted: Server, tmp_path: Path) -> None:
+    out = tmp_path / "serve.json"
+    line = [sys.executable, "-m", "gemcut.cli", "bench", "serve", "--base-url", f"{scripted.url}/v1"]
+    line += ["--concurrency", "1,4", "--requests", "8", "--input-words", "20", "--output-tokens", "9"]
+    done = subprocess.run(
+        [*line, "--slo", "e2e:60000", "--out", str(out)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "scripted at 127.0.0.1" in done.stdout
+    result = json.loads(out.read_text())
+    assert [row["load"] for row in result["rows"]] == ["1 clients", "4 clients"]
+    assert all(row["failed"] == 0 and row["good_share"] == 1 for row in result["rows"])
+    for wrong in (["--rate", "0"], ["--slo", "itl:5"], ["--picture-size", "9"], ["--concurrency", "1.5"]):
+        refused = subprocess.run([*line, *wrong], capture_output=True, text=True, cwd=ROOT)
+        assert refused.returncode == 2, wrong
+        assert wrong[0] in refused.stderr
