@@ -48,6 +48,12 @@ _TORCH = {
     np.float32: torch.float32,
     np.int32: torch.int32,
 }
+# of each field: which of its kind it is, its dtypes, and how many values a word holds
+_FIELDS = {
+    name: (index, dtype, _TORCH[dtype], 8 // np.dtype(dtype).itemsize)
+    for fields in (ROW_FIELDS, TOKEN_FIELDS)
+    for index, (name, dtype) in enumerate(fields.items())
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,17 +248,17 @@ class Inputs:
 
     def _place(self, name: str, tokens: int) -> int:
         """The first word of a field in steps of so many tokens."""
+        index = _FIELDS[name][0]
         if name in ROW_FIELDS:
-            return self._begin + list(ROW_FIELDS).index(name) * self._row_stripe
-        return self._tokens_begin + list(TOKEN_FIELDS).index(name) * _even(tokens)
+            return self._begin + index * self._row_stripe
+        return self._tokens_begin + index * _even(tokens)
 
     def _field(self, words: Any, name: str, count: int, tokens: int = 0) -> Any:
         """The first `count` values of a field, as a view. words: int64, of numpy or torch."""
-        kind: Any = ROW_FIELDS.get(name) or TOKEN_FIELDS[name]
+        _, numpy_dtype, torch_dtype, a_word = _FIELDS[name]
         start = self._place(name, tokens)
-        size = -(-count * np.dtype(kind).itemsize // 8)
-        dtype = _TORCH[kind] if isinstance(words, torch.Tensor) else kind
-        return words[start : start + size].view(dtype)[:count]
+        dtype: Any = torch_dtype if isinstance(words, torch.Tensor) else numpy_dtype
+        return words[start : start - (-count // a_word)].view(dtype)[:count]
 
 
 def _even(count: int) -> int:

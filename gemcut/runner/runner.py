@@ -64,6 +64,8 @@ class ModelRunner:
                 f"{type(model).__name__} declares no text_backbone(): the runner has nothing to run."
             )
         self.model, self.device, self.max_model_len = model, device, max_model_len
+        self._on_gpu = device.type == "cuda"
+        self._card = device if self._on_gpu else -1  # for torch.cuda.device: -1 is none
         self.decoder = backbone()
         text = model.plan.text
         self.kv = KVPools(text, sizes, device, dtype)
@@ -95,10 +97,10 @@ class ModelRunner:
         others = other_sizes(inputs.max_tokens, self.tables.num_slots, pages, media=len(inputs.soft) > 0)
         # captures need a stream of their own; what they are compared with runs there too, with the same
         # workspaces
-        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        side = torch.cuda.Stream(self.device) if self._on_gpu else None
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # type: ignore[arg-type]  # None leaves it as it is
+        with torch.cuda.device(self._card), torch.cuda.stream(side):  # type: ignore[arg-type]  # None: as it is
             for size in (decodes[-1], others[-1]):
                 checks.forward(size, lambda size=size: self.forward(size))
             for max_top_k in HEADS:
@@ -121,17 +123,18 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
         """Start a step. `masks`: slot -> the ids that its grammar admits next, as an int32 bitmask."""
-        for key in step.free_media:
-            self.soft.free(key)
-        if step.encode:
-            self.soft.encode(step.encode)
-        for seat in step.seats:
-            self.sampler.seat(seat)
-        self.tables.enter(step.seats, step.rows)
-        launched = self._run(step, masks or {})
-        if self.device.type == "cuda":
-            launched.done = torch.cuda.Event()
-            launched.done.record()
+        with torch.cuda.device(self._card):
+            for key in step.free_media:
+                self.soft.free(key)
+            if step.encode:
+                self.soft.encode(step.encode)
+            for seat in step.seats:
+                self.sampler.seat(seat)
+            self.tables.enter(step.seats, step.rows)
+            launched = self._run(step, masks or {})
+            if self._on_gpu:
+                launched.done = torch.cuda.Event()
+                launched.done.record()
         self._launched.append(launched)
 
     def collect(self) -> StepResult:

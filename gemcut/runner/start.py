@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
 PAGE_SIZES = {"cpu": 16, "cuda": 64}
-GRAPH_BYTES = 1 << 30  # of the launches that graphs hold
+GRAPH_BYTES = 3 << 29  # of the launches that graphs hold
 LEAST_CAPABILITY = (8, 0)  # bf16 products: Ampere and newer
 AUTO_NUMERICS = "reference"  # no kernel rounds more often than the reference, so this is never less exact
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
