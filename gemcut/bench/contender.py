@@ -34,6 +34,7 @@ from gemcut.sampling import GenerationDefaults, SamplingParams
 
 HELD_S = 0.05  # the device is held up so long that the host has launched a step before it begins
 BESIDE_KV_BYTES = 10 << 30  # activations and graphs of engines that are compared
+LASTING = 64  # tokens of an answer that is only watched for a while
 CYCLES_PER_S = 1.7e9  # of a GPU's clock, about
 
 
@@ -159,8 +160,12 @@ class Gemcut:
         spans += [start.elapsed_time(stop) for start, stop in timed.events]
 
     @contextmanager
-    def decoding(self, prompts: Sequence[ChatPrompt], new_tokens: int) -> Iterator[Callable[[], Any]]:
-        """The engine with all prompts read and their answers under way; what is yielded makes one step."""
+    def decoding(self, prompts: Sequence[ChatPrompt]) -> Iterator[Callable[[], Any]]:
+        """The engine with all prompts read and their answers under way; what is yielded makes one step.
+
+        The first answers go on while the last prompts are read: all last for some twenty steps more.
+        """
+        new_tokens = min(LASTING, self.longest - max(len(prompt.prompt) for prompt in prompts))
         for job in self._jobs(prompts, new_tokens):
             self.engine.add(job)
         started: set[str] = set()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from gemcut.bench.contender import Contender, Gemcut, by_turns, text_prompt
+from gemcut.bench.contender import LASTING, Contender, Gemcut, by_turns, text_prompt
 from gemcut.bench.experts import ExpertCounter
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
@@ -15,7 +15,6 @@ from gemcut.bench.timing import Times
 
 BATCHES = (1, 8, 32, 64)
 CACHED, NEW = 1024, 128
-WARM_UP_TOKENS = 8
 DEVICE_STEPS = 5
 
 
@@ -63,7 +62,8 @@ def measure(
         prompts = [text_prompt(roofline.plan, cached, seed=i) for i in range(batch)]
         ready = []
         for contender in contenders:
-            trace = contender.generate(prompts, WARM_UP_TOKENS)
+            # as long as the reading of all prompts, so that all run at once for a while
+            trace = contender.generate(prompts, min(new_tokens, LASTING))
             if trace.most_running < batch or trace.preemptions:
                 note(
                     f"{contender.name}: a batch of {batch} does not fit, {trace.most_running} sequences of "
@@ -85,7 +85,10 @@ def measure(
                 Times.of([trace.wall_s * 1e3 for trace in some]).median
                 for some in (firsts[contender.name], traces)
             )
-            step = Times.of([1e3 * seconds for trace in traces for seconds in trace.step_s])
+            steps = [1e3 * seconds for trace in traces for seconds in trace.step_s]
+            if not steps:
+                note(f"{contender.name}: {new_tokens} tokens are too few for a batch of {batch}")
+                continue
             rows.append(
                 Row(
                     batch=batch,
@@ -94,10 +97,10 @@ def measure(
                     new_tokens=new_tokens,
                     floor=floor,
                     slope=(whole - first) / (new_tokens - 1),
-                    step=step,
+                    step=Times.of(steps),
                     device=_device(contender, prompts),
                     experts=counted,
-                    share=floor / step.median,
+                    share=floor / Times.of(steps).median,
                 )
             )
     counter.close()
@@ -107,7 +110,7 @@ def measure(
 def _device(contender: Contender, prompts: Sequence[Any]) -> Times | None:
     if not isinstance(contender, Gemcut):
         return None
-    with contender.decoding(prompts, 4 * DEVICE_STEPS) as step, contender.timed_on_device() as spans:
+    with contender.decoding(prompts) as step, contender.timed_on_device() as spans:
         for _ in islice(iter(step, None), DEVICE_STEPS):
             pass
     return Times.of(spans) if spans else None

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity
 
-from gemcut.bench.contender import Gemcut, text_prompt
+from gemcut.bench.contender import LASTING, Gemcut, text_prompt
 from gemcut.bench.decode import CACHED
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
 from gemcut.engine.model_files import ChatPrompt
+from gemcut.errors import GemcutError
 
 Kind = Literal["prefill", "decode"]
 SHOWN = 12  # kernels of a table; the record has all
@@ -99,9 +100,9 @@ def _row(contender: Gemcut, roofline: Roofline, kind: Kind, size: int) -> Row:
             contender.synchronize()
     else:
         steps, floor = DECODE_STEPS, roofline.decode_ms(size, CACHED)
-        cached = min(CACHED, contender.longest - 4 * steps)
+        cached = min(CACHED, contender.longest - LASTING)
         prompts = [text_prompt(contender.plan, cached, seed=i) for i in range(size)]
-        with contender.decoding(prompts, 4 * steps) as step:
+        with contender.decoding(prompts) as step:
             step()
             contender.synchronize()
             with _profiler(contender) as profile:
@@ -146,10 +147,12 @@ def _read(profile: Any, device: torch.device) -> tuple[list[Kernel], int, float]
             (e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation),
             key=lambda e: e.time_range.start,
         )
+        if not ran:
+            raise GemcutError("The profiler saw no kernel: the driver does not let it count here.")
         names = [e.name for e in ran]
         times = [e.time_range.elapsed_us() / 1e3 for e in ran]
         launches = sum(e.name.startswith(LAUNCHES) for e in events if e.device_type.name == "CPU")
-        span = (max(e.time_range.end for e in ran) - ran[0].time_range.start) / 1e3 if ran else 0.0
+        span = (max(e.time_range.end for e in ran) - ran[0].time_range.start) / 1e3
     else:
         ran = [e for e in events if e.self_cpu_time_total > 0]
         names, times = [e.name for e in ran], [e.self_cpu_time_total / 1e3 for e in ran]

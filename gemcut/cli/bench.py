@@ -6,6 +6,7 @@ import functools
 import inspect
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from gemcut.cli import bench_serve, options, terminal
+from gemcut.errors import GemcutError
 
 if TYPE_CHECKING:
     from gemcut.bench.contender import Setup
@@ -112,9 +114,12 @@ class Invocation:
         for subject in subjects:
             try:
                 self.show(*session.run(subject, sizes))
-            except Exception as error:
-                failures.append(error)
+            except GemcutError as error:
                 tell(f"{subject} failed: {error}")
+                failures.append(error.with_traceback(None))
+            except Exception as error:
+                tell(f"{subject} failed:\n{traceback.format_exc()}")
+                failures.append(error.with_traceback(None))  # its frames hold engines, and these the memory
         return failures
 
     def show(self, record: Record, tables: Sequence[Table]) -> None:

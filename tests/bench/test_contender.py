@@ -45,7 +45,7 @@ def test_siblings_share_weights_and_have_their_own_settings(moe_config: Path) ->
 
 def test_decoding_stops_at_the_steps_that_were_asked_for(moe: Gemcut) -> None:
     prompts = [text_prompt(moe.plan, 20, seed=i) for i in range(2)]
-    with moe.decoding(prompts, 100) as step:
+    with moe.decoding(prompts) as step:
         before = moe.engine.stats().steps
         for _ in range(3):
             step()
