@@ -59,6 +59,14 @@ def serve(
             panel=SERVER,
         ),
     ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        options.flag(
+            "--otlp-traces-endpoint",
+            help="Send a trace of each request there: http://localhost:4318/v1/traces.",
+            panel=SERVER,
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float,
         options.flag("--drain-seconds", help="Time for those in flight after SIGTERM; 60.", panel=SERVER),
@@ -168,6 +176,7 @@ def serve(
             allowed_hosts=tuple(name.lower() for name in allowed_host or ()),
             allowed_origins=tuple(allowed_origin or ()),
             image_domains=tuple(allow_image_domain or ()),
+            otlp_endpoint=otlp_traces_endpoint,
             drain_s=drain_seconds,
             max_waiting=max_waiting,
             max_per_key=max_per_key,

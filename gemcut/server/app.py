@@ -34,6 +34,7 @@ from gemcut.server.errors import (
 from gemcut.server.exchange import ClientGone, Exchange, Receive, Scope, Send
 from gemcut.server.response_writer import ResponseWriter
 from gemcut.server.stream import event, named_event
+from gemcut.server.traces import Traces
 
 log = logging.getLogger("gemcut.server")
 
@@ -57,8 +58,8 @@ class Route:
 class App:
     """The ASGI application of one server."""
 
-    def __init__(self, answerer: Answerer, door: Door) -> None:
-        self.answerer, self.door = answerer, door
+    def __init__(self, answerer: Answerer, door: Door, traces: Traces | None = None) -> None:
+        self.answerer, self.door, self.traces = answerer, door, traces
         self.config, self.client = answerer.config, answerer.client
         self.keys = Keys(self.config.api_keys)
         self._pages = pages.pages()
@@ -172,6 +173,9 @@ class App:
         record = exchange.record
         known = record.path if record.path in self.routes or record.path in self._pages else "other"
         self.answerer.metrics.count_answer(known, record.status)
+        route = self.routes.get(record.path)
+        if self.traces is not None and route is not None and route.needs_engine:
+            self.traces.record(exchange)
         if record.path in ("/live", "/ready", "/health", "/metrics") and record.status == 200:
             return  # probes would drown the rest
         fields = {
@@ -438,4 +442,5 @@ def note_output(exchange: Exchange, output: RequestOutput) -> None:
     for name in ("prompt_tokens", "cached_tokens", "image_tokens", "completion_tokens"):
         fields[name] = fields.get(name, 0) + getattr(usage, name)
     fields["finish_reasons"] = sorted({answer.finish_reason for answer in output.outputs})
-    fields["first_token_s"] = round(output.timings.first_token_s, 4)
+    for name in ("queue_s", "first_token_s", "total_s"):
+        fields[name] = round(getattr(output.timings, name), 4)

@@ -23,6 +23,7 @@ from gemcut.server.door import Door
 from gemcut.server.engine_client import MODULE, EngineClient, Watch
 from gemcut.server.metrics import Metrics
 from gemcut.server.settings import ServerConfig
+from gemcut.server.traces import Traces
 
 log = logging.getLogger("gemcut.server")
 
@@ -61,20 +62,24 @@ def serve(
         module=module,
     )
     metrics = Metrics(client, config.served_model_names[0])
+    traces = None if config.otlp_endpoint is None else Traces.to(config.otlp_endpoint)
     most = engine.max_num_seqs + config.max_waiting
     with bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(
-            _serve(client, Answerer(files, client, config, metrics), Door(most, config.max_per_key), listener)
-        )
+        app = App(Answerer(files, client, config, metrics), Door(most, config.max_per_key), traces)
+        try:
+            return runner.run(_serve(app, listener))
+        finally:
+            if traces is not None:
+                traces.close()
 
 
-async def _serve(client: EngineClient, answerer: Answerer, door: Door, listener: socket.socket) -> int:
-    config = answerer.config
+async def _serve(app: App, listener: socket.socket) -> int:
+    client, answerer, door, config = app.client, app.answerer, app.door, app.config
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, lambda: (hurry if stop.is_set() else stop).set())
-    server = HttpServer(_uvicorn_config(App(answerer, door), config))
+    server = HttpServer(_uvicorn_config(app, config))
     try:
         if not await _first_of(stop, starting := asyncio.create_task(client.start())):
             starting.cancel()

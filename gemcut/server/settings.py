@@ -24,6 +24,7 @@ class ServerConfig:
     max_answer_tokens: n x prompts x max_tokens, where a request names max_tokens.
     head_s, body_s: for the head of a request to arrive, and for each piece of its body; send_s: for a client
     to take what was sent. request_s: for a whole answer. drain_s: for those in flight after SIGTERM.
+    otlp_endpoint: where traces go, by OTLP over HTTP; none are made without.
     ping_s: an idle stream gets a comment after so long.
     """
 
@@ -49,6 +50,7 @@ class ServerConfig:
     keep_alive_s: float = 75.0
     ping_s: float = 10.0
     media_workers: int | None = None
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_names or not all(self.served_model_names):
@@ -66,6 +68,11 @@ class ServerConfig:
         for name in ("head_s", "body_s", "send_s", "request_s", "keep_alive_s", "ping_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                "otlp_traces_endpoint must be a URL such as http://localhost:4318/v1/traces, "
+                f"got {self.otlp_endpoint!r}."
+            )
         if self.drain_s < 0:
             raise ConfigError(f"drain_s must not be negative, got {self.drain_s}.")
 

@@ -293,6 +293,7 @@ def test_settings_that_cannot_be_meant() -> None:
         {"api_keys": ("with\nnewline",)},
         {"max_body_bytes": 0},
         {"head_s": 0.0},
+        {"otlp_endpoint": "localhost:4318"},
     ):
         with pytest.raises(ConfigError):
             ServerConfig(**{"served_model_names": ("x",), **wrong})
