@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gemcut.data import MediaSpan, PageRun, Row, Seat
+from gemcut.data import POOL, ImagePatches, MediaSpan, PageRun, Row, Seat
 from gemcut.plan import TextPlan
 from gemcut.runner.batch import Inputs, Size
+from gemcut.runner.encode import SoftTokens
 from gemcut.runner.kv import KVPools
 from gemcut.runner.sample import Draws
 
@@ -44,12 +45,13 @@ class RandomChecks:
         text: TextPlan,
         inputs: Inputs,
         kv: KVPools,
+        media: SoftTokens,
         picked: torch.Tensor,
         tokens: torch.Tensor,
         max_model_len: int,
     ) -> None:
         """picked, tokens: what the runner's forward and head write to."""
-        self.text, self.inputs, self.kv = text, inputs, kv
+        self.text, self.inputs, self.kv, self.media = text, inputs, kv, media
         self.picked, self.tokens = picked, tokens
         self.max_len = max_model_len
         sizes = kv.sizes
@@ -98,6 +100,22 @@ class RandomChecks:
         self.inputs.last_tokens.fill_(-2)
         run()
         return [self.tokens[:num_rows].clone(), self.inputs.last_tokens[slots]]
+
+    def encode(self, count: int, run: Callable[[], object]) -> list[torch.Tensor]:
+        """Soft tokens of random pictures of up to `count` patches together; those behind are random too."""
+        choose, inputs = random.Random(count), self.media.inputs
+        pictures, left = [], count
+        while len(pictures) < choose.randint(1, 4) and left >= POOL**2:
+            rows = POOL * choose.randint(1, max(1, min(20, left // POOL**2 // 4)))
+            columns = POOL * choose.randint(1, min(40, left // (POOL * rows)))
+            pixels = np.frombuffer(choose.randbytes(rows * columns * inputs.pixels.shape[1]), dtype=np.uint8)
+            pictures.append(ImagePatches(pixels.reshape(rows * columns, -1), rows, columns, b""))
+            left -= rows * columns
+        inputs.pixels.random_(0, 256, generator=torch.Generator(self.device).manual_seed(count))
+        inputs.soft.fill_(NAN)
+        inputs.fill(pictures)
+        run()
+        return [inputs.soft[: sum(picture.soft_tokens for picture in pictures)].clone()]
 
     def clean(self) -> None:
         """Leave nothing behind that is no number."""

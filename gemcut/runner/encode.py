@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from gemcut.data import POOL, EncodeItem, ImagePatches
+from gemcut.data import PATCH, POOL, EncodeItem, ImagePatches
 from gemcut.models.batch import Patches
 from gemcut.models.gemma4.model import Gemma4
 from gemcut.runner.upload import upload
@@ -15,6 +16,10 @@ from gemcut.runner.upload import upload
 # Patches in one pass of the tower. A CPU wants its activations in its caches (16 pictures of 630 patches took
 # a quarter longer at one go than by twos); a GPU wants to be filled, and memory for activations is finite.
 PATCHES_AT_ONCE = {"cpu": 1260, "cuda": 20160}
+MOST_CAPTURED = 5040  # patches in a graph: of more, the device has work for longer than launches take
+PICTURES = 16  # in a graph
+
+FindGraph = Callable[[int, int], Callable[[], object] | None]
 
 
 def cells(rows: int, columns: int) -> np.ndarray:
@@ -25,22 +30,57 @@ def cells(rows: int, columns: int) -> np.ndarray:
 
 def pack(pictures: Sequence[ImagePatches], device: torch.device) -> Patches:
     """Several pictures' patches one after another, on the device."""
-    counts = [picture.rows * picture.columns for picture in pictures]
-    starts = np.cumsum([0, *counts], dtype=np.int32)
+    return Patches(*(upload(array, device) for array in _join(pictures)))
+
+
+def _join(pictures: Sequence[ImagePatches]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """pixels, positions, starts and cells of `Patches`."""
+    starts = np.cumsum([0, *(len(picture.pixels) for picture in pictures)], dtype=np.int32)
     pixels = np.concatenate([picture.pixels for picture in pictures])
     positions = np.concatenate([picture.positions() for picture in pictures]).astype(np.int64)
     grouped = [cells(p.rows, p.columns) + start for p, start in zip(pictures, starts[:-1], strict=True)]
-    pixels, positions, starts, joined = (
-        upload(a, device) for a in (pixels, positions, starts, np.concatenate(grouped))
-    )
-    return Patches(pixels, positions, starts, joined)
+    return pixels, positions, starts, np.concatenate(grouped)
+
+
+class PatchInputs:
+    """Pictures of up to `MOST_CAPTURED` patches together, at addresses that stay, and what becomes of them.
+
+    soft: [S, H], where the tower's graphs leave the soft tokens.
+    """
+
+    def __init__(self, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
+        count = MOST_CAPTURED
+        self.pixels = torch.zeros(count, PATCH * PATCH * 3, dtype=torch.uint8, device=device)
+        self.positions = torch.zeros(count, 2, dtype=torch.int64, device=device)
+        self.starts = torch.zeros(PICTURES + 1, dtype=torch.int32, device=device)
+        self.cells = torch.zeros(count // POOL**2, POOL**2, dtype=torch.int64, device=device)
+        self.soft = torch.zeros(count // POOL**2, hidden, dtype=dtype, device=device)
+
+    def fill(self, pictures: Sequence[ImagePatches]) -> None:
+        """Make `patches(...)` those of these pictures; what is behind them belongs to none."""
+        assert len(pictures) <= PICTURES, f"{len(pictures)} pictures do not fit into {PICTURES} places"
+        pixels, positions, starts, joined = _join(pictures)
+        starts = np.concatenate([starts, np.full(PICTURES + 1 - len(starts), starts[-1], dtype=np.int32)])
+        for place, array in (
+            (self.pixels, pixels),
+            (self.positions, positions),
+            (self.starts, starts),
+            (self.cells, joined),
+        ):
+            place[: len(array)].copy_(upload(array, place.device), non_blocking=True)
+        self.cells[len(joined) :].zero_()  # those of pictures before may lie behind the last patch
+
+    def patches(self, count: int) -> Patches:
+        return Patches(
+            self.pixels[:count], self.positions[:count], self.starts, self.cells[: count // POOL**2]
+        )
 
 
 class SoftTokens(Mapping[bytes, torch.Tensor]):
     """Soft tokens of encoded media, by the key that the engine gave them. It decides what stays."""
 
-    def __init__(self, model: Gemma4, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: Gemma4, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
         self.most_patches = PATCHES_AT_ONCE[device.type]
         self._by_key: dict[bytes, torch.Tensor] = {}
 
@@ -57,13 +97,36 @@ class SoftTokens(Mapping[bytes, torch.Tensor]):
     def free(self, key: bytes) -> None:
         del self._by_key[key]
 
-    def encode(self, items: Sequence[EncodeItem]) -> None:
-        """Run the tower over all `items`, several at once; attention stays within each picture."""
+    def encode(self, items: Sequence[EncodeItem], find: FindGraph) -> None:
+        """Run the tower over all `items`, several at once; attention stays within each picture.
+
+        find: the graph for so many pictures of so many patches together, if there is one.
+        """
         for some in portions(items, self.most_patches):
-            soft = self.model.encode_images(pack([item.medium for item in some], self.device))
-            counts = [item.medium.soft_tokens for item in some]
-            for item, part in zip(some, soft.split(counts), strict=True):
-                self._by_key[item.key] = part
+            pictures = [item.medium for item in some]
+            replay = find(len(pictures), sum(len(picture.pixels) for picture in pictures))
+            if replay is None:
+                soft = self.model.encode_images(pack(pictures, self.device))
+            else:
+                self.inputs.fill(pictures)
+                replay()
+                soft = self.inputs.soft
+            place = 0
+            for item in some:
+                stop = place + item.medium.soft_tokens
+                # a copy of its own: the next pictures come to the same place
+                self._by_key[item.key] = soft[place:stop].clone()
+                place = stop
+
+    @cached_property
+    def inputs(self) -> PatchInputs:
+        """What graphs read; memory that is taken when there are any."""
+        return PatchInputs(self.model.plan.text.hidden, self.device, self.dtype)
+
+    def run(self, count: int) -> None:
+        """The tower over the first `count` patches that were filled in."""
+        soft = self.model.encode_images(self.inputs.patches(count))
+        self.inputs.soft[: len(soft)].copy_(soft)
 
 
 def portions(items: Sequence[EncodeItem], most_patches: int) -> Iterator[list[EncodeItem]]:

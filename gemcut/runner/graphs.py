@@ -22,6 +22,7 @@ from gemcut.kernels import paged_attention
 from gemcut.models.gemma4.text import Attend
 from gemcut.runner.batch import Size
 from gemcut.runner.capture import Capture, Replay, Run
+from gemcut.runner.encode import MOST_CAPTURED, PICTURES
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Checks(Protocol):
 
     def forward(self, size: Size, run: Replay) -> list[torch.Tensor]: ...
 
+    def encode(self, count: int, run: Replay) -> list[torch.Tensor]: ...
+
     def head(self, count: int, max_top_k: int, run: Replay) -> list[torch.Tensor]: ...
 
 
@@ -58,19 +61,20 @@ class Graphs:
     """The graphs of one runner, and how many forwards took which way.
 
     decodes, others: for steps of single tokens and for all steps, by rising size. heads: (rows, max_top_k) ->
-    replay. dropped: what was not captured or does not agree, and why.
+    replay. encoders: patches -> replay. dropped: what was not captured or does not agree, and why.
     """
 
     counts: ForwardCounts = field(default_factory=ForwardCounts)
     decodes: list[Graph] = field(default_factory=list)
     others: list[Graph] = field(default_factory=list)
     heads: dict[tuple[int, int], Replay] = field(default_factory=dict)
+    encoders: dict[int, Replay] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     num_bytes: int = 0
     seconds: float = 0.0
 
     def __len__(self) -> int:
-        return len(self.decodes) + len(self.others) + len(self.heads)
+        return len(self.decodes) + len(self.others) + len(self.heads) + len(self.encoders)
 
     @property
     def kinds(self) -> str:
@@ -94,6 +98,17 @@ class Graphs:
         fits = [key for key in self.heads if key[0] >= rows and key[1] >= max_top_k]
         return self.heads[min(fits)] if fits else None
 
+    def find_encoder(self, pictures: int, patches: int) -> Replay | None:
+        """The smallest graph of the tower that so many pictures fit into; counted either way."""
+        if not self.encoders:
+            return None
+        fits = [count for count in self.encoders if count >= patches and pictures <= PICTURES]
+        if not fits:
+            self.counts.eager["encoder: no graph of this size"] += 1
+            return None
+        self.counts.replays["encoder"] += 1
+        return self.encoders[min(fits)]
+
 
 def decode_sizes(max_num_seqs: int, pages: int) -> list[Size]:
     """Sizes of steps with one token a row: 1, 2, 4, 8, by eights up to 64, by eighths of a power of two from
@@ -115,6 +130,13 @@ def other_sizes(max_num_tokens: int, max_num_seqs: int, pages: int, *, media: bo
     return [Size(count, max_num_seqs + (count == max_num_seqs), pages, media) for count in counts]
 
 
+def encoder_sizes() -> list[int]:
+    """Patches of the tower's graphs: eighths of the most, and of its half, a picture of 280 tokens."""
+    half = MOST_CAPTURED // 2
+    eighth = half // EIGHTHS
+    return [*range(eighth, half + 1, eighth), *range(half + 2 * eighth, MOST_CAPTURED + 1, 2 * eighth)]
+
+
 def padding_waste(sizes: Sequence[Size]) -> float:
     """The largest share of padding in a step of more than `FINE_FROM` tokens."""
     tokens = [FINE_FROM, *(size.tokens for size in sizes if size.tokens > FINE_FROM)]
@@ -130,9 +152,11 @@ def build(
     kinds: Sequence[Kind],
     decodes: Sequence[Size],
     others: Sequence[Size],
+    encoders: Sequence[int],
     *,
     forward: Callable[[Size, Attend], object],
     head: Callable[[int, int], object],
+    encode: Callable[[int], object],
     capture: Capture,
     checks: Checks,
     most_bytes: int,
@@ -202,6 +226,15 @@ def build(
         )
         if replay is not None:
             graphs.heads[count, max_top_k] = replay
+    for count in sorted(encoders, reverse=True):
+        replay = take(
+            f"pictures of {count} patches",
+            capture.full,
+            lambda _, count=count: encode(count),
+            partial(checks.encode, count),
+        )
+        if replay is not None:
+            graphs.encoders[count] = replay
     take_forwards(others, graphs.others)
     graphs.num_bytes, graphs.seconds = capture.used_bytes(), time.perf_counter() - began
     return graphs

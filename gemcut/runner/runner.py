@@ -18,7 +18,7 @@ from gemcut.runner.batch import Inputs, PageTables, Size
 from gemcut.runner.capture import Capture
 from gemcut.runner.checks import RandomChecks
 from gemcut.runner.encode import SoftTokens
-from gemcut.runner.graphs import HEADS, Graphs, Kind, build, decode_sizes, other_sizes
+from gemcut.runner.graphs import HEADS, Graphs, Kind, build, decode_sizes, encoder_sizes, other_sizes
 from gemcut.runner.kv import KVPools, PoolSizes
 from gemcut.runner.sample import Draws, Ranked, Sampler, choose, is_broken, top_logprobs
 from gemcut.runner.upload import upload
@@ -70,7 +70,7 @@ class ModelRunner:
         text = model.plan.text
         self.kv = KVPools(text, sizes, device, dtype)
         self.tables = PageTables(max_num_seqs, max_model_len, sizes.page_size, device)
-        self.soft = SoftTokens(model, device)
+        self.soft = SoftTokens(model, device, dtype)
         takes_media = model.plan.vision is not None
         soft = torch.zeros(max_num_tokens if takes_media else 0, text.hidden, device=device, dtype=dtype)
         self.inputs = Inputs(self.tables, max_num_tokens, soft, device)
@@ -91,7 +91,7 @@ class ModelRunner:
         has run at its largest."""
         inputs, pages = self.inputs, self.tables.width
         checks = RandomChecks(
-            self.model.plan.text, inputs, self.kv, self.picked, self.tokens, self.max_model_len
+            self.model.plan.text, inputs, self.kv, self.soft, self.picked, self.tokens, self.max_model_len
         )
         decodes = decode_sizes(self.tables.num_slots, pages)
         others = other_sizes(inputs.max_tokens, self.tables.num_slots, pages, media=len(inputs.soft) > 0)
@@ -100,17 +100,22 @@ class ModelRunner:
         side = torch.cuda.Stream(self.device) if self._on_gpu else None
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(self.device))
+        encoders = encoder_sizes() if self.model.plan.vision is not None else []
         with torch.cuda.device(self._card), torch.cuda.stream(side):  # type: ignore[arg-type]  # None: as it is
             for size in (decodes[-1], others[-1]):
                 checks.forward(size, lambda size=size: self.forward(size))
+            for count in encoders[-1:]:
+                checks.encode(count, lambda count=count: self.soft.run(count))
             for max_top_k in HEADS:
                 checks.head(decodes[-1].rows, max_top_k, lambda k=max_top_k: self.head(decodes[-1].rows, k))
             self.graphs = build(
                 kinds,
                 decodes,
                 others,
+                encoders,
                 forward=self.forward,
                 head=self.head,
+                encode=self.soft.run,
                 capture=make(),
                 checks=checks,
                 most_bytes=most_bytes,
@@ -127,7 +132,7 @@ class ModelRunner:
             for key in step.free_media:
                 self.soft.free(key)
             if step.encode:
-                self.soft.encode(step.encode)
+                self.soft.encode(step.encode, self.graphs.find_encoder)
             for seat in step.seats:
                 self.sampler.seat(seat)
             self.tables.enter(step.seats, step.rows)

@@ -24,12 +24,14 @@ from gemcut.llm import LLM
 from gemcut.outputs import RequestOutput
 from gemcut.runner import capture
 from gemcut.runner.capture import Recorder, Replay
+from gemcut.runner.encode import MOST_CAPTURED, PICTURES, pack
 from gemcut.runner.graphs import (
     FINE_FROM,
     Graph,
     Graphs,
     compare,
     decode_sizes,
+    encoder_sizes,
     other_sizes,
     padding_waste,
 )
@@ -275,6 +277,8 @@ def answers(llm: LLM) -> Iterator[list[RequestOutput]]:
         yield llm.generate(PROMPTS, given, use_tqdm=False)
     mixed = [SamplingParams(**PARAMS[i % len(PARAMS)]) for i in range(8)]
     yield llm.generate(PROMPTS * 2, mixed, use_tqdm=False)
+    if llm.files.plan.vision is None:
+        return
     yield llm.chat(
         [shown, shown], SamplingParams(**GREEDY), mm_processor_kwargs={"max_soft_tokens": 70}, use_tqdm=False
     )
@@ -288,7 +292,7 @@ def bits(output: RequestOutput) -> Any:
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_answers_do_not_change_by_a_bit(kind: str, tmp_path: Path) -> None:
     """Padded steps, one after another in the same memory, against steps as they come."""
-    rig.save(tmp_path, kind)
+    rig.save(tmp_path, kind, text_only=kind == "dense")
     settings: dict[str, Any] = {
         "device": "cpu",
         "deterministic": True,
@@ -305,9 +309,48 @@ def test_answers_do_not_change_by_a_bit(kind: str, tmp_path: Path) -> None:
     stats = captured.stats()
     assert stats.graph_replays["full"] > 50
     assert stats.graph_replays["head"] > 20
+    assert (stats.graph_replays.get("encoder", 0) > 0) == (kind == "moe")
     assert set(stats.eager_forwards) == {"prompt logprobs", "head: rules of requests", "head: top_k"}
     assert stats.graph_replays["full"] + stats.eager_forwards["prompt logprobs"] == stats.steps
     assert eager.stats().eager_forwards == {"no graphs": eager.stats().steps}
+
+
+def test_pictures_in_larger_graphs_are_the_same_pictures(tmp_path: Path) -> None:
+    """Whatever larger ones were there before, and with room behind for more patches and more pictures."""
+    rig.save(tmp_path, "dense")
+    runner = rig.Rig(tmp_path, deterministic=True, max_num_seqs=2).runner
+    media = runner.soft
+    large, small, wide = (
+        rig.picture(*size, 70, seed).patches for seed, size in enumerate([(400, 400), (60, 200), (100, 900)])
+    )
+    with torch.inference_mode():
+        for pictures, count in (([large, wide], 1260), ([small], 630), ([small, large, small], 1890)):
+            patches = pack(pictures, runner.device)
+            assert len(patches.pixels) < count
+            want = runner.model.encode_images(patches)
+            media.inputs.pixels.random_(0, 256)
+            media.inputs.soft.fill_(float("nan"))
+            media.inputs.fill(pictures)
+            assert int(media.inputs.patches(count).cells.max()) < len(patches.pixels)
+            media.run(count)
+            assert torch.equal(media.inputs.soft[: len(want)], want)
+
+
+def test_pictures_take_the_smallest_graph_that_holds_them() -> None:
+    counts = encoder_sizes()
+    assert counts == sorted(set(counts))
+    assert (counts[-1], MOST_CAPTURED // 2 in counts) == (MOST_CAPTURED, True)
+    assert all(count % 9 == 0 for count in counts)
+    replays = {count: (lambda: None) for count in counts}
+    graphs = Graphs(encoders=dict(replays))
+    assert graphs.find_encoder(1, 2520) is replays[2520]
+    assert graphs.find_encoder(2, 2521) is replays[3150]
+    assert graphs.find_encoder(PICTURES, 315) is replays[315]
+    assert graphs.find_encoder(PICTURES + 1, 315) is None
+    assert graphs.find_encoder(1, MOST_CAPTURED + 9) is None
+    assert graphs.counts.replays == {"encoder": 3}
+    assert graphs.counts.eager == {"encoder: no graph of this size": 2}
+    assert Graphs().find_encoder(1, 9) is None
 
 
 # ---- the recorder
