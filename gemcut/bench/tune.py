@@ -122,12 +122,14 @@ LINEAR = GLU | {
     ),
 }
 PICTURES = (
-    tower.Config(128, 64, 8, 2),
     tower.Config(128, 64, 8, 3),
-    tower.Config(128, 128, 8, 3),
+    tower.Config(128, 128, 8, 2),
+    tower.Config(128, 64, 4, 2),
+    tower.Config(128, 128, 4, 2),
+    tower.Config(64, 64, 4, 2),
     tower.Config(64, 64, 4, 3),
-    tower.Config(64, 64, 4, 4),
-    tower.Config(64, 128, 4, 3),
+    tower.Config(64, 128, 4, 2),
+    tower.Config(64, 32, 4, 4),
 )
 
 Config = attention.ChunkConfig | attention.SingleConfig | experts.Config | tower.Config

@@ -1,4 +1,6 @@
-"""Programmatic dependent launch: a kernel's start hides behind the end of the one before it.
+"""What Hopper does that its predecessors do not.
+
+Programmatic dependent launch: a kernel's start hides behind the end of the one before it.
 
 A decode step launches some 400 kernels. Each would wait until the one before has drained, and then for its
 own first loads. One that is launched with `**overlap(device)` may start earlier. Until `after_previous` it
@@ -26,6 +28,12 @@ def overlap(device: torch.device) -> dict[str, Any]:
     """Launch options and the constant OVERLAP: on from Hopper on."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"OVERLAP": able, "launch_pdl": able}
+
+
+@cache
+def copies_tiles(device: torch.device) -> bool:
+    """Whether the copy engine fetches whole tiles: from Hopper on, and in the interpreter."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

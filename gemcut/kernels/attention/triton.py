@@ -13,7 +13,6 @@ read. Scores never leave the registers; fp32 inside, one rounding at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -21,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemcut.kernels.backend import Backend
-from gemcut.kernels.overlap import after_previous, overlap
+from gemcut.kernels.overlap import after_previous, copies_tiles, overlap
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.softmax import soften
 from gemcut.kernels.tuned import tuned
@@ -152,7 +151,7 @@ def _chunks(
     # every row may end in a tile that is not full, and so may the padding behind the last row
     tiles = triton.cdiv(count, block_t) + min(rows + 1, count)
     k_tiles = v_tiles = None
-    if page_size % config.block_n == 0 and _copies_tiles(q.device):
+    if page_size % config.block_n == 0 and copies_tiles(q.device):
         k_tiles = TensorDescriptor.from_tensor(k_pages.view(-1, kv_heads * head), [config.block_n, head])
         v_tiles = TensorDescriptor.from_tensor(
             v_pages.view(-1, kv_heads * head), [config.block_n, config.part]
@@ -187,12 +186,6 @@ def _chunks(
         num_stages=config.stages,
         **overlap(q.device),
     )
-
-
-@cache
-def _copies_tiles(device: torch.device) -> bool:
-    """Whether the copy engine fetches whole tiles: from Hopper on, and in the interpreter."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _singles(

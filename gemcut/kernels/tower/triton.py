@@ -13,13 +13,17 @@ import triton.language as tl
 
 from gemcut.kernels.add_norm.triton import fuses, load_row, rms, rounded, row_shape
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.rope.triton import rotate
 
 BLOCK = 2048  # 4 warps, 16 bytes of pixels a thread
 
 
 @triton.jit(do_not_specialize=["count"])
-def _scale_patches(pixels_ptr, out_ptr, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_patches(
+    pixels_ptr, out_ptr, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    after_previous(OVERLAP)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count.to(tl.int64) * WIDTH
     byte = tl.load(pixels_ptr + index, mask, other=0).to(tl.float64)
@@ -31,8 +35,9 @@ def _scale_patches(pixels_ptr, out_ptr, count, WIDTH: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def _add_positions(
     x_ptr, table_ptr, positions_ptr, next_ptr, x_out_ptr, h_ptr, eps, places,
-    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    H: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < H
@@ -72,7 +77,9 @@ def _turn(
 def _prepare_tower_qkv(
     qkv_ptr, q_norm_ptr, k_norm_ptr, x_rope_ptr, y_rope_ptr, q_ptr, k_ptr, v_ptr, count, eps,
     HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     # a head is held as four quarters of D / 4 (18 of 26B-A4B): both halves pair their own two quarters
     patch = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) // (HEADS // TILE)  # 0: q, 1: k, 2: v
@@ -110,7 +117,9 @@ def _prepare_tower_qkv(
 def _pool_patches(
     x_ptr, cells_ptr, bias_ptr, scale_ptr, out_ptr, root, eps,
     H: tl.constexpr, BLOCK: tl.constexpr, STANDARDIZE: tl.constexpr, ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    after_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < H
@@ -129,7 +138,9 @@ def _pool_patches(
 def scale_patches(pixels: torch.Tensor, dtype: torch.dtype, *, backend: Backend) -> torch.Tensor:
     out = torch.empty_like(pixels, dtype=dtype)
     count, width = pixels.shape
-    _scale_patches[(triton.cdiv(count * width, BLOCK),)](pixels, out, count, width, BLOCK, num_warps=4)
+    _scale_patches[(triton.cdiv(count * width, BLOCK),)](
+        pixels, out, count, width, BLOCK, num_warps=4, **overlap(pixels.device)
+    )
     return out
 
 
@@ -147,7 +158,7 @@ def add_positions(
     x_out, h = torch.empty_like(x), torch.empty_like(x)
     _add_positions[(count,)](
         x, table, positions, next_weight, x_out, h, eps, table.shape[1],
-        hidden, block, backend.numerics == "reference", num_warps=warps,
+        hidden, block, backend.numerics == "reference", num_warps=warps, **overlap(x.device),
     )  # fmt: skip
     return x_out, h
 
@@ -176,7 +187,7 @@ def prepare_tower_qkv(
     _prepare_tower_qkv[(count, 3 * (heads // tile))](
         qkv, q_norm, k_norm, x_rope, y_rope, q, k, v, count, eps,
         heads, head, tile, block, backend.numerics == "reference", num_warps=warps,
-        enable_fp_fusion=fuses(backend),
+        enable_fp_fusion=fuses(backend), **overlap(qkv.device),
     )  # fmt: skip
     return q, k, v
 
@@ -197,6 +208,6 @@ def pool_patches(
     _pool_patches[(count,)](
         x, cells, std_bias, std_scale, out, hidden**0.5, eps,
         hidden, block, standardize, backend.numerics == "reference", num_warps=warps,
-        enable_fp_fusion=fuses(backend),
+        enable_fp_fusion=fuses(backend), **overlap(x.device),
     )  # fmt: skip
     return out

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gemcut.kernels.overlap import after_previous, copies_tiles, overlap
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.softmax import soften
 from gemcut.kernels.tuned import tuned
@@ -39,6 +41,13 @@ def tower_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: t
     # every picture may end in a tile that is not full, and so may the padding behind the last
     tiles = triton.cdiv(count, config.block_m) + min(pictures + 1, count)
     main = max(16, 1 << (head.bit_length() - 1))
+    rest = max(16, triton.next_power_of_2(head - main)) if head > main else 0
+    main_tiles = rest_tiles = None, None
+    if copies_tiles(q.device) and heads * head * q.element_size() % 16 == 0:
+        main_tiles, rest_tiles = (
+            [TensorDescriptor.from_tensor(t.view(count, -1), [config.block_n, width]) for t in (k, v)]
+            for width in (main, rest or main)
+        )
     _attend[(tiles * heads,)](
         q,
         k,
@@ -47,15 +56,18 @@ def tower_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: t
         starts,
         count,
         pictures,
+        *main_tiles,
+        *rest_tiles,
         HEADS=heads,
         HEAD=head,
         MAIN=main,
-        REST=max(16, triton.next_power_of_2(head - main)) if head > main else 0,
+        REST=rest,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         PICTURES=max(64, triton.next_power_of_2(pictures + 1)),  # few variants to compile
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlap(q.device),
     )
     return out
 
@@ -114,6 +126,10 @@ def _step(
     head,
     k_ptr,
     v_ptr,
+    k_main,
+    v_main,
+    k_rests,
+    v_rests,
     q,
     q_rest,
     acc,
@@ -127,24 +143,41 @@ def _step(
     REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys start .. start + BLOCK_N; only the LAST step's may end before."""
+    """Keys start .. start + BLOCK_N; only the LAST step's may end before.
+
+    Whole tiles come by the copy engine. Behind a head it fetches dimensions of the next one: those of k meet
+    zeros of q, those of v become columns that are not stored.
+    """
+    TILES: tl.constexpr = k_main is not None and not LAST
     rows = start + tl.arange(0, BLOCK_N)
     valid = None
     if LAST:
         valid = rows < stop
-    k = _part(k_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, True)
+    if TILES:
+        k = k_main.load([start, head * HEAD]).T
+    else:
+        k = _part(k_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, True)
     scores = tl.dot(q, k, input_precision="ieee")
     if REST:
-        k_rest = _part(k_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, True)
+        if TILES:
+            k_rest = k_rests.load([start, head * HEAD + MAIN]).T
+        else:
+            k_rest = _part(k_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, True)
         scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
     if LAST:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     p, keep, best, total = soften(scores, best, total)
     p = p.to(q.dtype)
-    v = _part(v_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, False)
+    if TILES:
+        v = v_main.load([start, head * HEAD])
+    else:
+        v = _part(v_ptr, rows, head, valid, 0, MAIN, HEADS, HEAD, False)
     acc = tl.dot(p, v, acc * keep[:, None], input_precision="ieee")
     if REST:
-        v_rest = _part(v_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, False)
+        if TILES:
+            v_rest = v_rests.load([start, head * HEAD + MAIN])
+        else:
+            v_rest = _part(v_ptr, rows, head, valid, MAIN, REST, HEADS, HEAD, False)
         acc_rest = tl.dot(p, v_rest, acc_rest * keep[:, None], input_precision="ieee")
     return acc, acc_rest, best, total
 
@@ -158,6 +191,10 @@ def _attend(
     start_ptr,
     count,
     pictures,
+    k_main,
+    v_main,
+    k_rests,
+    v_rests,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
@@ -165,7 +202,9 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PICTURES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     head = tl.program_id(0) % HEADS
     # the padding behind the last picture is one picture more, to be zeroed
     index = tl.arange(0, PICTURES)
@@ -191,13 +230,13 @@ def _attend(
         last = start + (stop - start) // BLOCK_N * BLOCK_N
         for at in tl.range(start, last, BLOCK_N):
             acc, acc_rest, best, total = _step(
-                at, stop, head, k_ptr, v_ptr, q, q_rest, acc, acc_rest, best, total,
-                False, HEADS, HEAD, MAIN, REST, BLOCK_N,
+                at, stop, head, k_ptr, v_ptr, k_main, v_main, k_rests, v_rests, q, q_rest, acc, acc_rest,
+                best, total, False, HEADS, HEAD, MAIN, REST, BLOCK_N,
             )  # fmt: skip
         for at in tl.range(last, stop, BLOCK_N):
             acc, acc_rest, best, total = _step(
-                at, stop, head, k_ptr, v_ptr, q, q_rest, acc, acc_rest, best, total,
-                True, HEADS, HEAD, MAIN, REST, BLOCK_N,
+                at, stop, head, k_ptr, v_ptr, k_main, v_main, k_rests, v_rests, q, q_rest, acc, acc_rest,
+                best, total, True, HEADS, HEAD, MAIN, REST, BLOCK_N,
             )  # fmt: skip
     share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: patches of no picture
     at = out_ptr + (rows * HEADS + head)[:, None] * HEAD
