@@ -1,6 +1,7 @@
 # make demo    a Gemma 4 model answers questions about a picture
 # make test    the whole test suite
 # make check   format, lint, types and the fast tests
+# make soak    hours of load, mutated requests, kills and aborts; SOAK="aborts --scale 0.1" runs one, shortened
 # make clean   remove what these made
 #
 # All set-up happens here, in .venv. PYTHON=python3.12 chooses another interpreter.
@@ -18,10 +19,10 @@ PICTURES := gemcut/demo/pictures
 ASK := ask() { printf '\n$$ gemcut run %s "%s"\n' "$$1" "$$2"; $(BIN)/gemcut run $$1 "$$2"; }; ask
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check soak clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 7
 
 demo: $(VENV)/.run
 	@$(ASK) "$(PICTURES)/shapes.png" "Describe the image."
@@ -36,6 +37,9 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 	@$(PYTEST) -m "not slow"
+
+soak: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 PYTHONPATH=.:tests:tests/server $(BIN)/python -m soak $(SOAK)
 
 # A stamp is written when its installation is complete, so that one that broke off is done again.
 $(VENV)/.python:

@@ -70,10 +70,10 @@ class Server:
         return cls([sys.executable, "-m", "gemcut.cli", "serve", "--port", "0", *flags]).wait()
 
     @classmethod
-    def scripted(cls, *, step_s: float = 0.001, **settings: Mapping[str, Any]) -> Self:
-        """A server over `scripted_engine`."""
+    def scripted(cls, *, step_s: float = 0.001, audit: bool = False, **settings: Any) -> Self:
+        """A server over `scripted_engine`. audit: its pages are counted at each step."""
         arguments = [sys.executable, str(HERE / "scripted_server.py"), json.dumps(settings)]
-        return cls(arguments, {"SCRIPTED_STEP_S": str(step_s)}).wait()
+        return cls(arguments, {"SCRIPTED_STEP_S": str(step_s), "SCRIPTED_AUDIT": "1" * audit}).wait()
 
     def wait(self) -> Self:
         until(lambda: self.process.poll() is not None or self.lines("listening"), START_S, self.log)
