@@ -1,5 +1,7 @@
 """`python -m gemcut`: the same command as `gemcut`."""
 
+import sys
+
 from gemcut.cli import main
 
-main()
+sys.exit(main())

@@ -81,3 +81,12 @@ def test_a_download_of_a_folder_names_the_folder(tmp_path: object) -> None:
     assert call("download", str(tmp_path)).out == f"{tmp_path}\n"
     refused(1, "download", "nowhere", says="There is no folder nowhere")
     refused(2, "download", says="MODEL")
+
+
+@pytest.mark.parametrize("module", ["gemcut", "gemcut.cli"])
+def test_modules_end_with_the_commands_status(module: str) -> None:
+    """Both ways to call the command without its script: a mistake shows in the exit code."""
+    command = [sys.executable, "-m", module, "run", "hi", "--graphs", "half"]
+    found = subprocess.run(command, capture_output=True, check=False, env=environment())
+    assert found.returncode == 2, found.stderr
+    assert b"--graphs" in found.stderr
