@@ -33,7 +33,6 @@ HEADS = (0, 64)
 FINE_FROM = 256  # tokens from which padding costs time: below, a step waits for the weights
 EIGHTHS = 8  # sizes between a power of two and the next
 
-
 Check = Callable[[Replay], list[torch.Tensor]]
 
 
@@ -163,7 +162,7 @@ def build(
 ) -> Graphs:
     """Capture all sizes, the largest first, each as the first of `kinds` that works and agrees.
 
-    A size that cannot be had as any of them goes without, as do all that are left when graphs take
+    A size that cannot be had as any of them goes without, as do all smaller ones when graphs take
     `most_bytes`. "full" alone is an order: then ConfigError is raised instead.
     """
     began = time.perf_counter()
@@ -176,19 +175,18 @@ def build(
         graphs.dropped.append((what, details))
         graphs.counts.dropped[reason] += 1
 
-    def take(what: str, capture: Callable[[Run], Replay], run: Run, check: Check) -> Replay | None:
-        """A replay of `run` that does what it does."""
-        used = graph_bytes()
+    def no_room(what: str) -> bool:
+        used = capture.used_bytes()
         if used >= most_bytes:
-            go_without(
-                what,
-                "memory",
-                f"{used / 1e9:.2f} GB of {most_bytes / 1e9:.2f} GB kept for graphs are used",
-            )
-            return None
+            sizes = f"{used / 1e9:.2f} GB of {most_bytes / 1e9:.2f} GB kept for graphs are used"
+            go_without(f"{what}, and all that are smaller", "memory", sizes)
+        return used >= most_bytes
+
+    def take(what: str, make: Callable[[Run], Replay], run: Run, check: Check) -> Replay | None:
+        """A replay of `run` that does what it does."""
         want = check(partial(run, paged_attention))
         try:
-            replay = capture(run)
+            replay = make(run)
             got = check(replay)
         except RuntimeError as error:
             go_without(what, "capture", f"it cannot be captured: {error}")
@@ -199,15 +197,17 @@ def build(
             return None
         return replay
 
-    graph_bytes = capture.used_bytes
-    captures = {"full": capture.full, "piecewise": capture.piecewise}
+    makers = {"full": capture.full, "piecewise": capture.piecewise}
 
     def take_forwards(sizes: Sequence[Size], found: list[Graph]) -> None:
         for size in sorted(sizes, key=lambda size: size.tokens, reverse=True):
+            what = f"{size.tokens} tokens of {size.rows} rows"
+            if no_room(what):
+                break
             for kind in kinds:
                 replay = take(
-                    f"{size.tokens} tokens of {size.rows} rows, {kind}",
-                    captures[kind],
+                    f"{what}, {kind}",
+                    makers[kind],
                     partial(forward, size),
                     partial(checks.forward, size),
                 )
@@ -218,8 +218,11 @@ def build(
     # decode steps are the most frequent, and small: they come before memory runs out
     take_forwards(decodes, graphs.decodes)
     for count, max_top_k in product(sorted({size.rows for size in decodes}, reverse=True), HEADS):
+        what = f"the tokens of {count} rows, top_k up to {max_top_k}"
+        if no_room(what):
+            break
         replay = take(
-            f"the tokens of {count} rows, top_k up to {max_top_k}",
+            what,
             capture.full,
             lambda _, count=count, max_top_k=max_top_k: head(count, max_top_k),
             partial(checks.head, count, max_top_k),
@@ -227,8 +230,11 @@ def build(
         if replay is not None:
             graphs.heads[count, max_top_k] = replay
     for count in sorted(encoders, reverse=True):
+        what = f"pictures of {count} patches"
+        if no_room(what):
+            break
         replay = take(
-            f"pictures of {count} patches",
+            what,
             capture.full,
             lambda _, count=count: encode(count),
             partial(checks.encode, count),

@@ -101,7 +101,8 @@ class ModelRunner:
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(self.device))
         encoders = encoder_sizes() if self.model.plan.vision is not None else []
-        with torch.cuda.device(self._card), torch.cuda.stream(side):  # type: ignore[arg-type]  # None: as it is
+        # on a CPU both contexts change nothing
+        with torch.cuda.device(self._card), torch.cuda.stream(side):  # type: ignore[arg-type]
             for size in (decodes[-1], others[-1]):
                 checks.forward(size, lambda size=size: self.forward(size))
             for count in encoders[-1:]:

@@ -195,7 +195,8 @@ def test_graphs_stop_where_their_memory_ends(runner: ModelRunner) -> None:
     assert len(graphs) == 10
     # single tokens and heads come first; of the others the largest
     assert [graph.size.tokens for graph in graphs.others] == [40]
-    assert {what.rpartition(",")[0] for what, _ in graphs.dropped} == set(SIZES[1:])
+    assert [what for what, _ in graphs.dropped] == [f"{SIZES[1]}, and all that are smaller"]
+    assert runner.counts.dropped == {"memory": 1}
     assert graphs.num_bytes == 1000
     with pytest.raises(ConfigError, match="kept for graphs are used"):
         runner.capture(("full",), 1000, lambda: FakeCapture(bytes_each=100))
