@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 from server_rig import Server, until
 
@@ -317,6 +318,36 @@ def test_what_is_kept_is_bounded(scripted: Server, reader: Opener) -> None:
     assert left == [3, 200, None, {"chats": 200, "bytes": 0}]
 
 
+@pytest.mark.parametrize(("scheme", "viewport"), [("light", DESKTOP), ("dark", PHONE)], ids=["light", "dark"])
+def test_no_rule_of_accessibility_is_broken(
+    scripted: Server, reader: Opener, scheme: str, viewport: Any
+) -> None:
+    """axe's rules: contrast, names, roles, headings, order of the focus."""
+    page = reader(scripted, color_scheme=scheme, viewport=viewport, reduced_motion="reduce")
+
+    def broken() -> list[Any]:
+        return [
+            (rule["id"], [node["html"] for node in rule["nodes"]])
+            for rule in Axe().run(page).response["violations"]
+        ]
+
+    assert broken() == []
+    page.get_by_label("Tools, as JSON").evaluate('field => field.value = \'[{"name": "weather"}]\'')
+    ask(page, "script:call", "sign.png")
+    page.locator(".thinking summary").click()
+    page.evaluate(
+        """async (text) => {
+          const { markdown } = await import("/markdown.js");
+          document.querySelector(".answer > .prose").replaceChildren(markdown(text));
+        }""",
+        "# A\n\n| a | b |\n|---|---|\n| 1 | $x^2$ |\n\n```python\nx = 1\n```\n\n$$\\frac{1}{2}$$\n\n"
+        "- [ ] `to` [do](https://x.test)",
+    )
+    assert broken() == []
+    page.get_by_role("button", name="Settings").first.click()
+    assert broken() == []
+
+
 def test_by_keyboard_alone_and_read_aloud(scripted: Server, reader: Opener) -> None:
     page = reader(scripted)
     expect(page.locator("#input")).to_be_focused()
@@ -371,7 +402,7 @@ SHOWN = [
     ("\\*a\\* \\_", "<p>*a* _</p>"),
     ("`` a`b ``", "<p><code>a`b</code></p>"),
     ("`open", "<p>`open</p>"),
-    ("# A\n### B ##", "<h3>A</h3><h5>B</h5>"),
+    ("# A\n### B ##", "<h2>A</h2><h4>B</h4>"),
     ("- a\n- b\n  - c\n- d", "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>"),
     ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'),
     ("- a\n\n- b", "<ul><li><p>a</p></li><li><p>b</p></li></ul>"),

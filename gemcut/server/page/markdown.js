@@ -115,7 +115,7 @@ function formula(all, at) {
     const tex = [...(end === at ? [] : [start.slice(2)]), ...all.slice(at + 1, end), line.slice(0, -2)]
       .join("\n")
       .trim();
-    return { end: end + 1, render: () => h("div", { class: "formula" }, formulaNode(tex, true)) };
+    return { end: end + 1, render: () => h("div", { class: "formula", tabIndex: 0, role: "group", "aria-label": "formula" }, formulaNode(tex, true)) };
   }
   return null;
 }
@@ -128,8 +128,7 @@ function heading(all, at) {
   const text = all[at].slice(found[0].length).trim();
   let bare = text;
   while (bare.endsWith("#")) bare = bare.slice(0, -1);
-  // the page's own headings are h1 and h2
-  const level = Math.min(6, found[1].length + 2);
+  const level = Math.min(6, found[1].length + 1); // the page's own is h1
   return {
     end: at + 1,
     render: () => h(`h${level}`, {}, inline(bare.endsWith(" ") || bare === "" ? bare.trim() : text)),
