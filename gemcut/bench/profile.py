@@ -23,10 +23,13 @@ from gemcut.bench.contender import LASTING, Gemcut, text_prompt
 from gemcut.bench.decode import CACHED
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
+from gemcut.bench.vision import encode_new
+from gemcut.data import POOL
 from gemcut.engine.model_files import ChatPrompt
 from gemcut.errors import GemcutError
 
-Kind = Literal["prefill", "decode"]
+Kind = Literal["prefill", "decode", "encode"]
+UNITS = {"prefill": "tokens", "decode": "sequences", "encode": "pictures"}
 SHOWN = 12  # kernels of a table; the record has all
 DECODE_STEPS = 4
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
@@ -38,6 +41,8 @@ AFTER = {
     "attention": "linear o",
     "add_norm": "linear gate/up",
     "glu": "linear down",
+    "tower": "linear qkv",
+    "tower_attention": "linear o",
 }
 
 
@@ -63,7 +68,7 @@ class Row:
     kind: Kind
     size: int
     engine: str
-    layers: int
+    layers: int  # of the part that ran: the decoder or the tower
     floor: float
     busy: float
     span: float
@@ -75,9 +80,14 @@ class Row:
 def measure(
     contenders: Sequence[Gemcut], roofline: Roofline, wanted: Sequence[tuple[Kind, int]]
 ) -> list[Row]:
-    """wanted: ("prefill", tokens) and ("decode", batch)."""
+    """wanted: ("prefill", tokens), ("decode", batch) and ("encode", pictures)."""
     warm_up(contenders[0])
     return [_row(contender, roofline, kind, size) for kind, size in wanted for contender in contenders]
+
+
+def _layers(contender: Gemcut, kind: Kind) -> int:
+    vision = contender.plan.vision
+    return vision.layers if kind == "encode" and vision is not None else len(contender.plan.text.layers)
 
 
 def count_launches(contender: Gemcut, prompt: ChatPrompt) -> tuple[float, int]:
@@ -98,6 +108,13 @@ def _row(contender: Gemcut, roofline: Roofline, kind: Kind, size: int) -> Row:
         with _profiler(contender) as profile:
             contender.generate(prompts, 1)
             contender.synchronize()
+    elif kind == "encode":
+        soft = contender.files.image_tokens
+        steps, floor = 1, roofline.tower_ms(size, soft * POOL * POOL)
+        for number in range(2):
+            encode_new(contender, size, number)
+        with _profiler(contender) as profile:
+            encode_new(contender, size, 2)
     else:
         steps, floor = DECODE_STEPS, roofline.decode_ms(size, CACHED)
         cached = min(CACHED, contender.longest - LASTING)
@@ -114,7 +131,7 @@ def _row(contender: Gemcut, roofline: Roofline, kind: Kind, size: int) -> Row:
         kind=kind,
         size=size,
         engine=contender.name,
-        layers=len(contender.plan.text.layers),
+        layers=_layers(contender, kind),
         floor=floor,
         busy=sum(kernel.time for kernel in kernels) / steps,
         span=span / steps,
@@ -171,11 +188,14 @@ def segments(names: Sequence[str]) -> list[str]:
     the one right before the logits is the head; the rest is "other".
     """
     found: list[str] = []
-    last = ""
+    last = product = ""
     for name in names:
         own = own_kernels().get(name)
         if own == "linear" or (own is None and any(word in name.lower() for word in PRODUCTS)):
-            found.append(AFTER.get(last, "linear"))
+            # a layer of the tower has no close_layer: its second add_norm opens the next one
+            opens = last == "add_norm" and product == "linear down"
+            product = "linear qkv" if opens else AFTER.get(last, "linear")
+            found.append(product)
         elif own is None:
             found.append("other")
         elif own == "experts":
@@ -217,7 +237,7 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
     """For each step a table by segment and one by kernel."""
     found = []
     for r in results:
-        unit = "tokens" if r["kind"] == "prefill" else "sequences"
+        unit = UNITS[r["kind"]]
         title = (
             f"{r['kind']}, {r['size']:,} {unit}, {r['engine']}: busy {ms(r['busy'])} ms of {ms(r['span'])}, "
             f"floor {ms(r['floor'])}; {r['kernels']:,.0f} kernels, {r['kernels'] / r['layers']:.1f} a layer, "

@@ -107,8 +107,8 @@ def page(records: Sequence[Record]) -> str:
     parts = ["<h1>gemcut: measurements</h1>"]
     for device, some in sorted(by_device.items()):
         parts.append(f"<h2>{html.escape(device)}</h2>")
-        for record in some:
-            parts.append(_section(record))
+        some.sort(key=lambda record: IN_README.index(record.name) if record.name in IN_README else 99)
+        parts += [_section(record) for record in some]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>gemcut: measurements</title>'
@@ -158,6 +158,7 @@ def _lines(results: Sequence[Mapping[str, Any]], size: str, time: str, x: str, y
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, ScalarFormatter
     except ImportError:
         raise ConfigError("The report's plots need matplotlib: pip install 'gemcut[bench]'.") from None
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -171,6 +172,8 @@ def _lines(results: Sequence[Mapping[str, Any]], size: str, time: str, x: str, y
     axes.plot(list(floors), list(floors.values()), color="black", linestyle="--", label="roofline")
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axes.set_xticks(list(floors), [f"{value:,}" for value in floors])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()

@@ -293,7 +293,7 @@ def profile(
         list[str] | None,
         typer.Argument(
             metavar="STEPS",
-            help="prefill and numbers of tokens, decode and of sequences: prefill 256 8192 decode 1 64.",
+            help="prefill and tokens, decode and sequences, encode and pictures: prefill 256 8192 decode 1.",
             show_default=False,
         ),
     ] = None,
@@ -309,7 +309,7 @@ def profiled_steps(words: Sequence[str]) -> list[tuple[Kind, int]]:
     kind: Kind | None = None
     steps: list[tuple[Kind, int]] = []
     for word in words:
-        if word in ("prefill", "decode"):
+        if word in ("prefill", "decode", "encode"):
             kind = word
         elif kind is None or not word.isdecimal() or not int(word):
             raise typer.BadParameter(f"{word!r}: name steps as in prefill 256 8192 decode 1 64.")

@@ -47,6 +47,13 @@ def test_a_moe_layer_and_the_head() -> None:
     assert segments(tail) == ["experts gate/up", "experts down", "close_layer", "linear qkv", "prepare_qkv"]
 
 
+def test_a_layer_of_the_tower_opens_with_the_norm_that_closes_the_one_before() -> None:
+    names = ["_prepare_tower_qkv", "_attend", "nvjet_o", "_add_norm", "nvjet_gate_up", "_glu", "nvjet_down"]
+    assert segments([*names, "_add_norm", "nvjet_qkv"])[2::2] == [
+        *("linear o", "linear gate/up", "linear down", "linear qkv"),
+    ]
+
+
 def test_the_product_before_the_logits_is_the_head() -> None:
     names = ["_close_layer", "vectorized_gather_kernel", GEMM, "cublasLt::splitKreduce_kernel", "_cap"]
     assert segments(names) == ["close_layer", "other", "linear head", "linear head", "logits"]
