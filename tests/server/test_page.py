@@ -311,7 +311,10 @@ def test_what_is_kept_is_bounded(scripted: Server, reader: Opener) -> None:
           const big = { id: "p0", chat: "c0", name: "", blob: new Blob([new Uint8Array(1000)]) };
           await store.savePicture(big);
           let gone = 0;
-          for (let i = 0; i < 203; i++) gone += await store.save({ id: `c${i}`, updated: i, messages: [] });
+          for (let i = 0; i < 203; i++) {
+            await store.save({ id: `c${i}`, updated: i, messages: [] });
+            if (i > 197) gone += await store.trim(`c${i}`);
+          }
           return [gone, (await store.chats()).length, await store.chat("c0"), await store.size()];
         }"""
     )

@@ -2,10 +2,9 @@
 
 /** What the server or the connection said. `status`: 0 if there was no answer at all. */
 export class ApiError extends Error {
-  constructor(message, status = 0, param = null) {
+  constructor(message, status = 0) {
     super(message);
     this.status = status;
-    this.param = param;
   }
 }
 
@@ -25,11 +24,7 @@ async function send(path, options) {
   const said = await response.json().catch(() => null);
   const wait = response.headers.get("retry-after");
   const message = said?.error?.message ?? `The server answered ${response.status}.`;
-  throw new ApiError(
-    wait ? `${message} Try again in ${wait} s.` : message,
-    response.status,
-    said?.error?.param ?? null,
-  );
+  throw new ApiError(wait ? `${message} Try again in ${wait} s.` : message, response.status);
 }
 
 /** The model that the server has: `{id, max_model_len}`. */
@@ -49,7 +44,7 @@ export async function* chat(body, key, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(chunk.error.message, response.status, chunk.error.param);
+    if (chunk.error) throw new ApiError(chunk.error.message, response.status);
     yield chunk;
   }
   throw new ApiError("The answer broke off: the connection ended before it was complete.");

@@ -72,6 +72,8 @@ async function answer() {
   push(reply);
   follows = true;
   await keep(asked);
+  const gone = await store.trim(asked.id);
+  if (gone) toast(`The space for conversations is full; the oldest (${gone}) had to go.`);
   if (location.hash.slice(1) !== asked.id) history.replaceState(null, "", `#${asked.id}`);
   await refresh();
   follow();
@@ -193,8 +195,7 @@ function listenForFiles() {
 async function keep(kept) {
   kept.updated = Date.now();
   try {
-    const gone = await store.save(kept);
-    if (gone) toast(`The space for conversations is full; the oldest (${gone}) had to go.`);
+    await store.save(kept);
   } catch (error) {
     showProblem(`The conversation cannot be kept in this browser: ${error.message}`);
   }

@@ -102,7 +102,7 @@ export async function fill(answer, body, key, signal, changed) {
     if (error.name === "AbortError") answer.state = "stopped";
     else {
       answer.state = "failed";
-      answer.error = { message: error.message, param: error.param ?? null, status: error.status ?? 0 };
+      answer.error = { message: error.message, status: error.status ?? 0 };
     }
   }
   changed();

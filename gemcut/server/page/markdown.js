@@ -115,7 +115,15 @@ function formula(all, at) {
     const tex = [...(end === at ? [] : [start.slice(2)]), ...all.slice(at + 1, end), line.slice(0, -2)]
       .join("\n")
       .trim();
-    return { end: end + 1, render: () => h("div", { class: "formula", tabIndex: 0, role: "group", "aria-label": "formula" }, formulaNode(tex, true)) };
+    return {
+      end: end + 1,
+      render: () =>
+        h(
+          "div",
+          { class: "formula", tabIndex: 0, role: "group", "aria-label": "formula" },
+          formulaNode(tex, true),
+        ),
+    };
   }
   return null;
 }

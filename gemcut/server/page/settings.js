@@ -7,17 +7,14 @@ const FIELDS = ["system", "thinking", "image_tokens", ...NUMBERS, "tools", "them
 const KEPT = "gemcut.settings";
 const KEY = "gemcut.key";
 
-/** The panel's fields, kept in this browser. Calls `changed` after each change. */
+/** The panel's fields, kept in this browser. */
 export class Settings {
-  constructor(changed = () => {}) {
+  constructor() {
     const kept = readKept();
     for (const name of FIELDS) {
       const field = this.field(name);
       if (kept[name] !== undefined) write(field, kept[name]);
-      field.addEventListener("input", () => {
-        this.keep();
-        changed(name);
-      });
+      field.addEventListener("input", () => this.keep());
     }
     this.showTheme();
     this.field("theme").addEventListener("input", () => this.showTheme());

@@ -102,10 +102,9 @@ class Store {
     return this.database.get("pictures", id);
   }
 
-  /** Keep a chat as it is now. Resolves to how many others had to go for it. */
+  /** Keep a chat as it is now. */
   async save(chat) {
-    await this.database.put("chats", structuredClone(chat));
-    return this.trim(chat.id);
+    await this.database.put("chats", chat);
   }
 
   async savePicture(picture) {
@@ -136,6 +135,7 @@ class Store {
     return { chats: chats.length, bytes: pictures.reduce((sum, picture) => sum + picture.blob.size, 0) };
   }
 
+  /** Delete what is too much, but for one chat. Resolves to how many had to go. */
   async trim(keep) {
     const chats = await this.chats();
     let { bytes } = await this.size();
