@@ -7,6 +7,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,16 @@ def markdown(records: Iterable[Record]) -> str:
     found = []
     by_name = {(record.device, record.name): record for record in records}
     for device in sorted({device for device, _ in by_name}):
-        for name in IN_README:
-            if (record := by_name.get((device, name))) is not None:
-                found += [*(_markdown(table, record) for table in tables(record)), _source(record)]
+        some = [by_name[device, name] for name in IN_README if (device, name) in by_name]
+        for record, following in zip_longest(some, some[1:]):
+            found += [_markdown(table, record) for table in tables(record)]
+            if following is None or _source(following) != _source(record):
+                found.append(_source(record))  # several subjects may come from one run
     return "\n\n".join(found)
 
 
 def _markdown(table: Table, record: Record) -> str:
+    table = _without_sole_engine(table)
     model = f"{record.facts['model']}, {record.facts['weights']} weights" if "model" in record.facts else ""
     lines = [
         f"**{table.title}** ({', '.join(part for part in (model, record.device) if part)})",
@@ -71,6 +75,15 @@ def _markdown(table: Table, record: Record) -> str:
         *("| " + " | ".join(row) + " |" for row in table.rows),
     ]
     return "\n".join(lines)
+
+
+def _without_sole_engine(table: Table) -> Table:
+    """The column of engines says nothing where there is only ours."""
+    at = table.header.index("engine") if "engine" in table.header else -1
+    if at < 0 or {row[at] for row in table.rows} != {"gemcut"}:
+        return table
+    header, *rows = ((*cells[:at], *cells[at + 1 :]) for cells in (table.header, *table.rows))
+    return Table(table.title, header, rows)
 
 
 def _source(record: Record) -> str:

@@ -41,10 +41,10 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device | None = None) -> Ceilings:
-    """By a copy of 1 GiB and an 8192^3 product in bf16, random data; on a CPU 64 MiB and 1024^3 in fp32."""
+    """By a copy of 1 GiB and an 8192^3 product in bf16, random data; on a CPU 64 MiB and 512^3 in fp32."""
     device = device or torch.device("cuda")
     on_gpu = device.type == "cuda"
-    size, side, dtype = (1 << 30, 8192, torch.bfloat16) if on_gpu else (1 << 26, 1024, torch.float32)
+    size, side, dtype = (1 << 30, 8192, torch.bfloat16) if on_gpu else (1 << 26, 512, torch.float32)
     elapsed = elapsed_us if on_gpu else _host_us
 
     def copy_us() -> float:

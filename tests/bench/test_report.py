@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,24 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_markdown_holds_every_row_and_its_source() -> None:
     text = report.markdown([record("gemcut")])
     assert "**Prefill of one prompt, one new token** (31B, random weights, cpu)" in text
-    assert "| 16 | gemcut | 1.00 | 2.00 | 1.78 | 2.29 | - | 50% |" in text
-    assert "| 256 | gemcut | 1.00 | 32.0 |" in text
+    assert "| 16 | 1.00 | 2.00 | 1.78 | 2.29 | - | 50% |" in text
+    assert "| 256 | 1.00 | 32.0 |" in text
     assert "1.000 TB/s, 2.0 TFLOP/s" in text
     assert "left out: 512 tokens." in text
+
+
+def test_engines_are_named_where_there_are_several() -> None:
+    text = report.markdown([record("graphs=off", "graphs=full")])
+    assert "| 16 | graphs=full | 1.00 |" in text
+
+
+def test_the_source_of_one_run_stands_behind_its_last_table() -> None:
+    first = record("gemcut")
+    second = replace(first, subject="memory", name="batch", results=[])
+    other = replace(second, name="startup", subject="startup", command="gemcut bench startup")
+    text = report.markdown([first, replace(second, subject="batch"), other])
+    assert text.count("gemcut bench prefill") == 1
+    assert text.index("Offline batch") < text.index("gemcut bench prefill") < text.index("Start-up")
 
 
 def test_tables_go_between_the_marks_and_replace_what_was_there() -> None:
@@ -85,7 +100,7 @@ def test_the_command_writes_both(tmp_path: Path) -> None:
     assert (
         main(["bench", "report", "--records", str(tmp_path), "--out", str(out), "--readme", str(readme)]) == 0
     )
-    assert "| 256 | gemcut |" in readme.read_text()
+    assert "| 256 | 1.00 |" in readme.read_text()
     assert "<svg" in out.read_text()
 
 
