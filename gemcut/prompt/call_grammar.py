@@ -7,7 +7,8 @@ their lower case.
 The arguments of an admitted call satisfy their schema. Keywords that a grammar cannot enforce are refused by
 name; annotations (`format` is one) and keywords that JSON Schema does not know say nothing here. Where a
 schema leaves names of members open beside declared ones, only the declared ones are admitted, unless
-`additionalProperties` asks for more.
+`additionalProperties` asks for more. One thing no grammar can see: a model may give a free name twice, and
+that call is then reported as malformed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from gemcut.server.answerer import Answerer, Conversation, check_complete
 from gemcut.server.exchange import encode
 from gemcut.server.protocol import MAX_MESSAGES, MAX_TOOLS, Strict, check_stops
 from gemcut.server.stream import named_event
-from gemcut.server.tool_choice import ToolChoice
+from gemcut.server.tool_choice import ToolChoice, form_of
 
 ERROR = {"type": "text", "text": "Error: "}
 
@@ -173,7 +173,8 @@ async def messages_job(answerer: Answerer, request: MessagesRequest, salt: bytes
     output = None if request.output_config is None else request.output_config.format
     asked = None if output is None else StructuredOutputs(json_schema=output.schema)
     tools = [_tool(tool) for tool in request.tools or ()]
-    form = await answerer.in_thread(lambda: choice.form(answerer.files, tools, asked, schemas="input_schema"))
+    strict = [tool.name for tool in request.tools or () if tool.strict]
+    form = await form_of(answerer, choice, tools, asked, strict=strict, schemas="input_schema")
     params = SamplingParams(
         max_tokens=request.max_tokens,
         temperature=request.temperature,

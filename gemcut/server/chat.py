@@ -17,7 +17,7 @@ from gemcut.server.answerer import Answerer, Conversation, check_complete, reaso
 from gemcut.server.exchange import encode
 from gemcut.server.protocol import ChatRequest
 from gemcut.server.stream import DONE, PING, Chunks
-from gemcut.server.tool_choice import ToolChoice
+from gemcut.server.tool_choice import ToolChoice, form_of
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 
@@ -45,9 +45,7 @@ async def chat_job(answerer: Answerer, request: ChatRequest, salt: bytes) -> Job
     tools = protocol.tools_of(request.tools)
     asked = protocol.structure(request)
     strict = [tool.function.name for tool in request.tools or () if tool.function.strict]
-    form = await answerer.in_thread(
-        lambda: choice.form(answerer.files, tools, asked, strict=strict, schemas="function.parameters")
-    )
+    form = await form_of(answerer, choice, tools, asked, strict=strict, schemas="function.parameters")
     params = protocol.chat_sampling(
         request, structured_outputs=form, stop_ids=choice.stop_ids(answerer.files)
     )

@@ -28,7 +28,7 @@ from gemcut.server.protocol import (
     check_stops,
     thinks,
 )
-from gemcut.server.tool_choice import ToolChoice
+from gemcut.server.tool_choice import ToolChoice, form_of
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -204,10 +204,7 @@ async def responses_job(answerer: Answerer, request: ResponsesRequest, salt: byt
     choice = tool_choice(request)
     tools = [_tool(tool) for tool in request.tools or ()]
     strict = [tool.name for tool in request.tools or () if tool.strict]
-    asked = _asked(request)
-    form = await answerer.in_thread(
-        lambda: choice.form(answerer.files, tools, asked, strict=strict, schemas="parameters")
-    )
+    form = await form_of(answerer, choice, tools, _asked(request), strict=strict, schemas="parameters")
     params = _sampling(request, form, choice.stop_ids(answerer.files))
     priority = check_priority(request.priority)
     messages, places = await answerer.in_thread(lambda: _conversation(request))

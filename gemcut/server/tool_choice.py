@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from gemcut.engine.model_files import ModelFiles
 from gemcut.errors import InvalidRequest
 from gemcut.prompt.call_grammar import CalledTool, call_grammar
 from gemcut.sampling import StructuredOutputs
+from gemcut.server.answerer import Answerer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class ToolChoice:
         tools: Sequence[Mapping[str, Any]],
         asked: StructuredOutputs | None,
         *,
-        strict: Collection[str] = (),
+        strict: Collection[str],
         schemas: str,
     ) -> StructuredOutputs | None:
         """The form of the answer: what the request asked for, or one that has room for calls.
@@ -80,6 +82,20 @@ class ToolChoice:
         if not called:
             raise InvalidRequest("tool_choice asks for a call, and there are no tools.", "tool_choice")
         return called
+
+
+async def form_of(
+    answerer: Answerer,
+    choice: ToolChoice,
+    tools: Sequence[Mapping[str, Any]],
+    asked: StructuredOutputs | None,
+    *,
+    strict: Collection[str],
+    schemas: str,
+) -> StructuredOutputs | None:
+    """`choice.form`, beside the loop if there are schemas to read: they may be large."""
+    work = partial(choice.form, answerer.files, tools, asked, strict=strict, schemas=schemas)
+    return await answerer.in_thread(work) if tools else work()
 
 
 def _schema(asked: StructuredOutputs) -> Mapping[str, Any]:

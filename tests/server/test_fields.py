@@ -258,6 +258,20 @@ def test_what_changes_the_question(answerer: Answerer, path: str) -> None:
         assert asked(answerer, path, without) != asked(answerer, path, having), field
 
 
+def test_strict_tools_are_held_to_their_schemas(answerer: Answerer) -> None:
+    for path, base, tool in (
+        ("/v1/chat/completions", CHAT, CHAT_TOOLS[0]),
+        ("/v1/responses", OWN, OWN_TOOLS[0]),
+        ("/v1/messages", CLAUDE, CLAUDE_TOOLS[0]),
+    ):
+        spec = {**TOOL, "strict": True}
+        strict = {**tool, "function": spec} if "function" in tool else {**tool, "strict": True}
+        (free,), (held,) = (asked(answerer, path, base | {"tools": [given]}) for given in (tool, strict))
+        assert free[0] == held[0]  # the prompt says nothing of it
+        assert free[2].structured_outputs is None
+        assert held[2].structured_outputs is not None, path
+
+
 @pytest.mark.parametrize("path", ANSWERS)
 def test_what_changes_the_answer(scripted: Server, path: str) -> None:
     base, fields = ANSWERS[path]

@@ -13,6 +13,9 @@ import openai
 import pytest
 from server_rig import DATA_URI, Server, until
 
+from gemcut.demo import CHECKPOINT
+from gemcut.engine.model_files import ModelFiles
+
 QUESTION: list[Any] = [
     {
         "role": "user",
@@ -279,6 +282,36 @@ def test_a_call_is_forced_on_a_model_that_has_never_seen_one(demo: Server) -> No
         room = json.loads("".join(piece.function.arguments or "" for piece in pieces))["room"]
         assert room in ("hall", "kitchen", 'the "lab"')
         assert reason == "tool_calls"
+
+
+def test_a_thought_has_a_budget_and_the_call_follows(demo: Server) -> None:
+    """The model is pushed to think, and not to stop."""
+    tokenizer = ModelFiles.open(CHECKPOINT).tokenizer
+    opening, closing = tokenizer.control_id("<|channel>"), tokenizer.control_id("<channel|>")
+    given: dict[str, Any] = {
+        "messages": QUESTION,
+        "tools": LIGHTS,
+        "reasoning_effort": "high",
+        "thinking_token_budget": 8,
+        "logit_bias": {str(opening): 100, str(closing): -100},
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+        "temperature": 2,
+    }
+    for seed in range(3):
+        called = demo.post("/v1/chat/completions", {**given, "tool_choice": "required", "seed": seed}).json
+        (choice,) = called["choices"]
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"]["name"] in ("all_off", "set_light")
+        assert called["usage"]["completion_tokens_details"]["reasoning_tokens"] == 10  # with both its ends
+    free = {key: value for key, value in given.items() if key not in ("tools", "parallel_tool_calls")}
+    done = demo.post("/v1/chat/completions", {**free, "max_tokens": 20, "return_token_ids": True}).json
+    (choice,) = done["choices"]
+    assert choice["message"]["reasoning"]
+    # pushed to think again at once, it has nothing left to think with
+    first, rest = choice["token_ids"][:10], choice["token_ids"][10:12]
+    assert (first[0], first[-1]) == (opening, closing)
+    assert rest == [opening, closing]
 
 
 def test_a_model_that_may_call_answers_in_its_form_otherwise(demo: Server) -> None:
