@@ -22,7 +22,7 @@ from gemcut.data import POOL, ImagePatches, Prompt, Span, Step, StepResult
 from gemcut.demo import CHECKPOINT
 from gemcut.engine.loop import Job
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
-from gemcut.errors import ConfigError
+from gemcut.errors import ConfigError, GemcutError
 from gemcut.hub import read_config
 from gemcut.llm import open_files, start_engine
 from gemcut.models.weight_sources import RandomWeights, SharedWeights, WeightSource
@@ -137,7 +137,7 @@ class Gemcut:
         trace.preemptions = self.engine.stats().preemptions - before
         self._drain()
         if any(len(answer) != new_tokens for answer in trace.answers):
-            raise ConfigError("An answer ended early: the model's output is not a number.")
+            raise GemcutError("An answer ended early: the model's output is not a number.")
         return trace
 
     @contextmanager

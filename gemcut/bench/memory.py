@@ -15,14 +15,15 @@ from gemcut.plan import weight_bytes
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Bytes. planned: weights by the plan. weights, kv: of the tensors. tokens: positions that the KV cache
-    holds in full layers. The rest is None on a CPU: held, all tensors at rest; peak, more at the most while
-    the longest step ran; device, all that is in use on the GPU, other processes included."""
+    """Bytes. planned: weights by the plan. weights, kv: of the tensors. graphs: as counted at start. tokens:
+    positions that the KV cache holds in full layers. The rest is None on a CPU: held, all tensors at rest;
+    peak, more at the most while the longest step ran; device, all that is in use, by others too."""
 
     engine: str
     planned: int
     weights: int
     kv: int
+    graphs: int
     tokens: int
     held: int | None
     peak: int | None
@@ -51,6 +52,7 @@ def _row(contender: Gemcut) -> Row:
         planned=weight_bytes(contender.plan, contender.dtype.itemsize),
         weights=_bytes(runner.model.parameters()),
         kv=_bytes(pages.values()),
+        graphs=contender.used.graph_bytes,
         tokens=contender.used.kv_tokens,
         held=held,
         peak=peak,
@@ -63,12 +65,13 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> Table:
-    names = ("planned", "weights", "kv", "held", "peak", "device")
+    names = ("planned", "weights", "kv", "graphs", "held", "peak", "device")
     header = (
         "engine",
         "weights planned GB",
         "weights",
         "KV",
+        "graphs",
         "tensors",
         "longest step",
         "in use",
