@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from gemcut.runner.graphs import HEADS, Graphs, Kind, build, decode_sizes, encod
 from gemcut.runner.kv import KVPools, PoolSizes
 from gemcut.runner.sample import Draws, Ranked, Sampler, choose, is_broken, top_logprobs
 from gemcut.runner.upload import upload
+
+log = logging.getLogger(__name__)
 
 PROMPT_LOGIT_ROWS = 256  # rows of prompt logits at a time: [256, 262144] fp32 is 268 MB
 BROKEN = -1  # in place of a token
@@ -103,6 +107,8 @@ class ModelRunner:
         encoders = encoder_sizes() if self.model.plan.vision is not None else []
         # on a CPU both contexts change nothing
         with torch.cuda.device(self._card), torch.cuda.stream(side):  # type: ignore[arg-type]
+            if self._on_gpu and self.decoder.backend.kernels == "triton":
+                self._precompile([*decodes, *others], encoders)
             for size in (decodes[-1], others[-1]):
                 checks.forward(size, lambda size=size: self.forward(size))
             for count in encoders[-1:]:
@@ -125,6 +131,25 @@ class ModelRunner:
         if side is not None:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
+
+    def _precompile(self, sizes: Sequence[Size], encoders: Sequence[int]) -> None:
+        """Compile what steps of these sizes launch. Powers of two and the largest stand for all: kernels
+        change with the size at few places, and what is missed is compiled when it is captured."""
+        from gemcut.kernels.precompile import precompile
+
+        def run() -> None:
+            for size in sizes:
+                if size.tokens & (size.tokens - 1) == 0 or size.tokens == self.inputs.max_tokens:
+                    self.forward(size)
+            for max_top_k in HEADS:
+                self.head(self.tables.num_slots, max_top_k)
+                self.head(1, max_top_k)
+            for count in encoders[-1:]:
+                self.soft.run(count)
+
+        began = time.perf_counter()
+        count = precompile(run)
+        log.info("%d kernels compiled in %.1f s", count, time.perf_counter() - began)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:

@@ -216,9 +216,9 @@ def route_experts(
     tile = 16 if size <= 16 or backend.deterministic else 64
     tiles = triton.cdiv(size, tile)
     # from 64 tiles on, reading r once counts for more than filling the chip
-    split = 1 if tiles > MAX_TILES else min(8, padded // 16)
+    split = 1 if tiles > MAX_TILES or backend.deterministic else min(8, padded // 16)
     pieces = 1
-    while split > 1 and not backend.deterministic and 2 * pieces * split * tiles <= PROGRAMS:
+    while split > 1 and 2 * pieces * split * tiles <= PROGRAMS:
         pieces *= 2
     weights = torch.empty(size, top_k, dtype=torch.float32, device=device)
     experts = torch.empty(size, top_k, dtype=torch.int64, device=device)
