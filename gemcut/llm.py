@@ -109,7 +109,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Conversation | Sequence[Conversation],
+        messages: Conversation | Sequence[Conversation] | Sequence[ChatPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -117,15 +117,19 @@ class LLM:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several.
+        """Answer one conversation or several, or prompts that `ModelFiles.chat_prompt` has rendered.
 
         chat_template_kwargs: enable_thinking, preserve_thinking. mm_processor_kwargs: max_soft_tokens, the
         budget of each picture (70, 140, 280, 560 or 1120). Pictures in messages: `{"type": "image",
         "image": path, bytes, Pillow image or array}` or OpenAI's `image_url` with a data URI. They are
         decoded in this process if they are fewer than 16, otherwise in worker processes, side by side.
         """
-        conversations = [messages] if _is_conversation(messages) else messages
         options = chat_options(chat_template_kwargs, mm_processor_kwargs)
+        if _are_rendered(messages):
+            if tools or options:
+                raise InvalidRequest("The prompts are rendered: tools and options belong to `chat_prompt`.")
+            return self._run(messages, sampling_params, chat=True, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+        conversations = [messages] if _is_conversation(messages) else messages
         prompts = self._prompts(conversations, tools=tools, **options)  # type: ignore[arg-type]
         return self._run(prompts, sampling_params, chat=True, use_tqdm=use_tqdm)
 
@@ -334,6 +338,10 @@ def _listed(prompts: RawPrompt | Sequence[RawPrompt]) -> Iterable[RawPrompt]:
     if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _are_rendered(messages: Any) -> bool:
+    return len(messages) > 0 and isinstance(messages[0], ChatPrompt)
 
 
 def _is_conversation(messages: Any) -> bool:

@@ -26,7 +26,7 @@ TABLE: dict[str, set[str] | None] = {
     "parallel": set(),
     "prompt": set(),
     "media": set(),
-    **dict.fromkeys(("gemcut", "cli", "__main__", "llm", "bench", "evals", "demo", "testing"), ANY),
+    **dict.fromkeys(("gemcut", "cli", "__main__", "llm", "bench", "evaluate", "demo", "testing"), ANY),
 }
 # the shared modules themselves lie in layers, so that none of them can lead anywhere
 LAYERS: dict[str, set[str]] = {

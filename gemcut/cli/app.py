@@ -15,6 +15,7 @@ import typer
 
 import gemcut
 from gemcut.cli import bench, chat, doctor, download, inspect, render, run, serve, terminal
+from gemcut.cli import eval as evaluate
 from gemcut.errors import GemcutError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(render.render)
 app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(download.download)
+app.command("eval")(evaluate.eval)
 app.add_typer(bench.app, name="bench")
 
 

@@ -66,17 +66,20 @@ def _picture(rng: random.Random, scene: Scene, size: tuple[int, int]) -> Image.I
     return picture
 
 
-def held_out_items(seed: int, pictures: int, font_folder: str | None = None) -> Iterator[Item]:
+def held_out_items(
+    seed: int, pictures: int, font_folder: str | None = None, *, signs: bool = True
+) -> Iterator[Item]:
     """Items about so many held-out pictures, one to three a picture; deterministic by seed.
 
     Half of the pictures are signs, every tenth pair of a text question and a pair of pictures joins them. A
-    third of the items are later turns of a chat, one in twenty is asked with thinking on.
+    third of the items are later turns of a chat, one in twenty is asked with thinking on. Without ``signs``
+    no fonts are needed, and the items are others. Raises FileNotFoundError if fonts are missing.
     """
     rng = random.Random(seed)
-    faces = fonts.faces(True, font_folder)
+    faces = fonts.faces(True, font_folder) if signs else ()
     drawn = 0
     while drawn < pictures:
-        sort = rng.choices(["sign", "shapes", "pair", "text"], [42, 32, 16, 10])[0]
+        sort = rng.choices(["sign", "shapes", "pair", "text"], [42 if signs else 0, 32, 16, 10])[0]
         if sort == "text":
             yield Item(ask_text(rng, unseen=True), (), 0)
             continue
