@@ -86,13 +86,13 @@ async def _run(server: Server, count: int, rng: random.Random) -> Figure:
     engine, front = server.engine_pid, server.process.pid
     statuses: Counter[int] = Counter()
     slowest, left = 0.0, count
-    before = most = 0.0
+    before = peak = 0.0
 
     def memory_mb() -> float:
         return max(rss_mb(pid) for pid in descendants(front) if pid != engine)
 
     async def sender() -> None:
-        nonlocal slowest, left, most, before
+        nonlocal slowest, left, peak, before
         client = Client(server.port)
         while left > 0:
             left -= 1
@@ -103,18 +103,18 @@ async def _run(server: Server, count: int, rng: random.Random) -> Figure:
             statuses[answer.status] += 1
             slowest = max(slowest, answer.seconds)
             if sum(statuses.values()) % 100 == 0:
-                most = max(most, memory_mb())
-                before = before or most
+                peak = max(peak, memory_mb())
+                before = before or peak
         client.close()
 
     await asyncio.gather(*(sender() for _ in range(8)))
-    after_mb = memory_mb()
-    growth = max(most, after_mb) - (before or after_mb)
+    growth = memory_mb() - before
     died = server.lines("the engine died")
     return Figure(
         2,
         f"{count:,} mutated files: {statuses[200]:,} decoded, {statuses[400]:,} refused, slowest "
-        f"{slowest:.2f} s, largest process grew by {growth:.0f} MB",
+        f"{slowest:.2f} s, largest process {before:.0f} MB at first, {before + growth:.0f} MB at last, at "
+        f"most {peak:.0f} MB while it decoded",
         missed(
             each_answered_with_200_or_400=set(statuses) <= {200, 400},
             each_within_5_s=slowest <= MOST_S,
