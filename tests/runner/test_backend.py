@@ -111,7 +111,7 @@ def test_the_cache_leaves_room_for_graphs(monkeypatch: pytest.MonkeyPatch) -> No
     gigabyte = 10**9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (28 * gigabyte, 80 * gigabyte))
     plan = parse_config(config("26B-A4B"))
-    work = start.step_bytes(plan.text, 2048, 64, 2)
+    work = start.step_bytes(plan.text, 2048, 64, 2, fused=True)
     assert 0.3 * gigabyte < work < 1.5 * gigabyte
 
     def budget(graph_bytes: int) -> int:
