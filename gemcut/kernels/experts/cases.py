@@ -128,6 +128,7 @@ CASES = tuple(
         case(12, glu=glu, padding=5),
         case(70, glu=glu, padding=2),
         case(33, glu=glu, experts=3, top_k=1, hidden=64, width=64),
+        case(33, glu=glu, experts=3, top_k=1, hidden=96, width=32),
         case(9, glu=glu, experts=5, top_k=3, hidden=40, width=24),
     )
 ) + tuple(

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.glu.triton import gelu_tanh
-from gemcut.kernels.overlap import after_previous, overlap
+from gemcut.kernels.overlap import after_previous, copies_tiles, overlap
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.router.op import Routing
 from gemcut.kernels.tuned import tuned
@@ -31,7 +32,8 @@ SINGLE_PAIRS = 16  # (token, slot) pairs up to which each is taken by itself
 @dataclass(frozen=True, slots=True)
 class Config:
     """block_m: rows a program. block_n: weight rows a program, gate and up together. block_k: a step.
-    thin: what is left of an expert's rows takes a tile of half the height where that is enough."""
+    thin: what is left of an expert's rows takes a tile of half the height where that is enough.
+    copied: weights come by the copy engine, where there is one and block_k divides their rows."""
 
     block_m: int
     block_n: int
@@ -39,6 +41,7 @@ class Config:
     warps: int
     stages: int
     thin: bool = False
+    copied: bool = False
 
 
 def grouped_glu(
@@ -82,7 +85,7 @@ def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: B
             return Config(**fields)
     experts, _, inputs = weight.shape
     if weight.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
-        return Config(16, 32, 32, warps=4, stages=2)
+        return Config(16, 32, 32, warps=4, stages=2, copied=True)
     rows = pairs / experts
     if backend.deterministic:
         return Config(64, 128, 64, warps=4, stages=3)
@@ -148,6 +151,12 @@ def _launch(
     # every expert that has rows may end in a tile that is not full; padding rows belong to none
     tiles = min(pairs, triton.cdiv(pairs, config.block_m) + experts)
     strip = config.block_n // 2 if glu else config.block_n
+    narrow = config.block_n >= 64 and 0 < width % strip <= strip // 2
+    whole_strips = half_strips = None
+    if config.copied and inputs % config.block_k == 0 and copies_tiles(x.device):
+        rows = weight.view(-1, inputs)
+        whole_strips = TensorDescriptor.from_tensor(rows, [strip, config.block_k])
+        half_strips = TensorDescriptor.from_tensor(rows, [strip // 2, config.block_k]) if narrow else None
     _grouped[(tiles * triton.cdiv(width, strip),)](
         x,
         weight,
@@ -155,6 +164,8 @@ def _launch(
         routing.order,
         routing.offsets,
         experts,
+        whole_strips,
+        half_strips,
         GLU=glu,
         ROUND=rounds,
         WIDTH=width,
@@ -164,7 +175,7 @@ def _launch(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         THIN=config.thin,
-        NARROW=config.block_n >= 64 and 0 < width % strip <= strip // 2,
+        NARROW=narrow,
         EXPERTS=triton.next_power_of_2(experts),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -190,6 +201,41 @@ def _product(x_ptr, weight_ptr, rows, outputs, INPUTS: tl.constexpr, BLOCK_K: tl
         x_at += BLOCK_K
         weight_at += BLOCK_K
     return acc
+
+
+@triton.jit
+def _copied_product(
+    x_ptr, strips, rows, output, STRIP: tl.constexpr, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """[rows, STRIP] fp32: the same, with the weight's rows from `output` on fetched by the copy engine."""
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + rows[:, None] * INPUTS + k[None, :]
+    acc = tl.zeros([rows.shape[0], STRIP], tl.float32)
+    for start in tl.range(0, INPUTS, BLOCK_K):
+        weight = strips.load([output, start])
+        acc = tl.dot(tl.load(x_at), weight.T, acc, input_precision="ieee")
+        x_at += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _copied_glu(
+    x_ptr, strips, rows, output,
+    STRIP: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gates and ups [rows, STRIP] fp32, in two products over the same rows of x."""
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + rows[:, None] * INPUTS + k[None, :]
+    gate = tl.zeros([rows.shape[0], STRIP], tl.float32)
+    up = tl.zeros([rows.shape[0], STRIP], tl.float32)
+    for start in tl.range(0, INPUTS, BLOCK_K):
+        gate_weight = strips.load([output, start])
+        up_weight = strips.load([output + WIDTH, start])
+        x = tl.load(x_at)
+        gate = tl.dot(x, gate_weight.T, gate, input_precision="ieee")
+        up = tl.dot(x, up_weight.T, up, input_precision="ieee")
+        x_at += BLOCK_K
+    return gate, up
 
 
 @triton.jit
@@ -260,6 +306,8 @@ def _tile(
     weight_ptr,
     out_ptr,
     order_ptr,
+    strips,
+    output,
     first,
     stop,
     column,
@@ -283,10 +331,15 @@ def _tile(
     pair = tl.load(order_ptr + place)
     n = tl.arange(0, BLOCK_N)
     if GLU:
-        # gate and up take turns, so that both of a column end in one thread's registers
-        outputs = n % 2 * WIDTH + tl.minimum(column + n // 2, WIDTH - 1)
-        acc = _product(x_ptr, weight_ptr, pair // TOP_K, outputs, INPUTS, BLOCK_K)
-        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+        if strips is not None:
+            gate, up = _copied_glu(
+                x_ptr, strips, pair // TOP_K, output + column, BLOCK_N // 2, WIDTH, INPUTS, BLOCK_K
+            )
+        else:
+            # gate and up take turns, so that both of a column end in one thread's registers
+            outputs = n % 2 * WIDTH + tl.minimum(column + n // 2, WIDTH - 1)
+            acc = _product(x_ptr, weight_ptr, pair // TOP_K, outputs, INPUTS, BLOCK_K)
+            gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
         gate = rounded(gate, dtype, ROUND)
         up = rounded(up, dtype, ROUND)
         result = rounded(gelu_tanh(gate), dtype, ROUND) * up
@@ -294,7 +347,10 @@ def _tile(
         at = out_ptr + place[:, None] * WIDTH + columns[None, :]
     else:
         columns = column + n
-        result = _product(x_ptr, weight_ptr, place, tl.minimum(columns, WIDTH - 1), INPUTS, BLOCK_K)
+        if strips is not None:
+            result = _copied_product(x_ptr, strips, place, output + column, BLOCK_N, INPUTS, BLOCK_K)
+        else:
+            result = _product(x_ptr, weight_ptr, place, tl.minimum(columns, WIDTH - 1), INPUTS, BLOCK_K)
         at = out_ptr + pair[:, None] * WIDTH + columns[None, :]
     tl.store(at, result.to(dtype), mask=stored & (columns < WIDTH)[None, :])
 
@@ -307,6 +363,8 @@ def _grouped(
     order_ptr,
     offsets_ptr,
     experts,
+    whole_strips,
+    half_strips,
     GLU: tl.constexpr,
     ROUND: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -335,18 +393,19 @@ def _grouped(
     column = strip * STRIP
     outputs: tl.constexpr = 2 * WIDTH if GLU else WIDTH
     weight_at = weight_ptr + expert.to(tl.int64) * (outputs * INPUTS)
+    output = expert * outputs  # the expert's first row in the strips' descriptors
     if THIN and stop - first <= BLOCK_M // 2:
         _tile(
-            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            x_ptr, weight_at, out_ptr, order_ptr, whole_strips, output, first, stop, column,
             GLU, ROUND, WIDTH, INPUTS, TOP_K, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif NARROW and strip == STRIPS - 1:
         _tile(
-            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            x_ptr, weight_at, out_ptr, order_ptr, half_strips, output, first, stop, column,
             GLU, ROUND, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N // 2, BLOCK_K,
         )  # fmt: skip
     else:
         _tile(
-            x_ptr, weight_at, out_ptr, order_ptr, first, stop, column,
+            x_ptr, weight_at, out_ptr, order_ptr, whole_strips, output, first, stop, column,
             GLU, ROUND, WIDTH, INPUTS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
