@@ -417,8 +417,13 @@ def _attend_chunks(
         keys = start + tl.arange(0, BLOCK_N)
         real = (keys >= low) & (keys < high)
         if k_tiles is not None:
+            # a tile lies within a page
             place = tl.load(table + start // PAGE) * PAGE + start % PAGE
             k = k_tiles.load([place, kv_head * HEAD]).T
+            at = place + tl.arange(0, BLOCK_N)
+            if WIDE:
+                at = at.to(tl.int64)
+            at = at * STRIDE
         else:
             at = _key_rows(start, low, high, table, STRIDE, PAGE, BLOCK_N, WIDE)
             k = tl.load(k_at + at[None, :] + dims[:, None], mask=real[None, :], other=0.0)
@@ -430,11 +435,7 @@ def _attend_chunks(
             seen = seen & (keys[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen & real[None, :], scores, float("-inf"))
         # a slot that holds no key may hold NaN, and 0 * NaN is NaN
-        if k_tiles is not None:
-            v = v_tiles.load([place, kv_head * HEAD + part * PART])
-            v = tl.where(real[:, None], v, 0.0)
-        else:
-            v = tl.load(v_at + at[:, None] + part_dims[None, :], mask=real[:, None], other=0.0)
+        v = tl.load(v_at + at[:, None] + part_dims[None, :], mask=real[:, None], other=0.0)
         acc, best, total = _absorb(scores, v, acc, best, total)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: pairs behind the row's end
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
