@@ -1,4 +1,4 @@
-"""Routing on the GPU in one launch for up to 64 tokens, in two for more; nothing waits for the host.
+"""Routing on the GPU in one launch for up to 16 tokens, in two for more; nothing waits for the host.
 
 `_route` takes BM tokens a program, or SPLIT x PIECES programs for them, each with some of the experts and
 a piece of the sum: few tokens are bound by reading the router's weight, which one multiprocessor cannot do
@@ -22,9 +22,8 @@ from gemcut.kernels.backend import Backend
 from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.router.op import Routing
 
-PROGRAMS = 64  # that share one tile's product, or a few tiles'
+PROGRAMS = 128  # that share one tile's product, or a few tiles'
 MAX_TILES = 64  # tiles of tokens whose experts are split; more tiles fill the chip without
-LEAST = tl.constexpr(-0x8000000000000000)  # below every key
 
 
 @triton.jit
@@ -48,11 +47,38 @@ def _product(
 
 
 @triton.jit
+def _pack(logits, expert, EP: tl.constexpr, NARROW: tl.constexpr):
+    """Logit and expert as one integer: larger logit first, then lower expert. Returns keys, and what is below
+    them all. NARROW: of logits that were rounded to 16 bits the last 13 bits hold nothing."""
+    bits = logits.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if NARROW:
+        keys = (ordered & -0x2000) | (EP - 1 - expert)
+        least = tl.full([], -0x80000000, tl.int32)
+    else:
+        keys = (ordered.to(tl.int64) << 32) | (EP - 1 - expert)
+        least = tl.full([], -0x8000000000000000, tl.int64)
+    return keys, least
+
+
+@triton.jit
+def _unpack(keys, EP: tl.constexpr, NARROW: tl.constexpr):
+    """(logits, experts) of keys."""
+    if NARROW:
+        expert = EP - 1 - (keys & 0x1FFF)
+        ordered = tl.where(keys < 0, keys | 0x1FFF, keys & -0x2000)
+    else:
+        expert = (EP - 1 - (keys & 0x7FFFFFFF)).to(tl.int32)
+        ordered = (keys >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True), expert
+
+
+@triton.jit
 def _choose(
     logits, scale_ptr, rows, tile, count, size,
     weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
     E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Top K of each row of rounded logits [BM, EP], their weights, and their places in the order."""
     expert = tl.arange(0, EP)[None, :]
@@ -64,18 +90,16 @@ def _choose(
     left = tl.where(expert < E, left, float("-inf"))
     top = tl.max(left, 1)
     mass = tl.sum(tl.exp(left - top[:, None]), 1)
-    # by logit, ties to the lowest expert: the softmax keeps this order. Both in one integer, largest first
-    bits = left.to(tl.int32, bitcast=True)
-    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (EP - 1 - expert)
-    best_keys = tl.full([BM, KP], LEAST, tl.int64)
+    # by logit, ties to the lowest expert: the softmax keeps this order
+    keys, least = _pack(left, expert, EP, NARROW)
+    best_keys = tl.zeros([BM, KP], keys.dtype) + least
     for k in tl.static_range(K):
         best = tl.max(keys, 1)[:, None]
         best_keys = tl.where(slot == k, best, best_keys)
-        keys = tl.where(keys == best, LEAST, keys)
-    chosen = real[:, None] & (expert < E) & (keys == LEAST)
-    chosen_experts = tl.where(slot < K, EP - 1 - (best_keys & 0x7FFFFFFF), 0).to(tl.int32)
-    bits = (best_keys >> 32).to(tl.int32)
-    chosen_logits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        keys = tl.where(keys == best, least, keys)
+    chosen = real[:, None] & (expert < E) & (keys == least)
+    chosen_logits, chosen_experts = _unpack(best_keys, EP, NARROW)
+    chosen_experts = tl.where(slot < K, chosen_experts, 0)
     chosen_logits = tl.where(slot < K, chosen_logits, float("-inf"))
     probability = tl.exp(chosen_logits - top[:, None]) / mass[:, None]
     slots = slot < K
@@ -125,6 +149,7 @@ def _route(
     part = tl.program_id(1) % SPLIT
     piece = tl.program_id(1) // SPLIT
     experts = part * BN + tl.arange(0, BN)
+    NARROW: tl.constexpr = r_ptr.dtype.element_ty.primitive_bitwidth == 16 and EP <= 0x2000
     WIDTH: tl.constexpr = (H + PIECES * BK - 1) // (PIECES * BK) * BK
     begin = piece * WIDTH
     logits = _product(
@@ -134,7 +159,7 @@ def _route(
         _choose(
             logits.to(r_ptr.dtype.element_ty).to(tl.float32), scale_ptr, rows, tile, count, size,
             weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
-            E, K, EP, KP, BM, ONE_TILE,
+            E, K, EP, KP, BM, ONE_TILE, NARROW,
         )  # fmt: skip
     else:
         at = logits_ptr + tile * (PIECES * BM * EP) + tl.arange(0, BM)[:, None] * EP
@@ -151,7 +176,7 @@ def _route(
             _choose(
                 whole.to(r_ptr.dtype.element_ty).to(tl.float32), scale_ptr, rows, tile, count, size,
                 weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
-                E, K, EP, KP, BM, ONE_TILE,
+                E, K, EP, KP, BM, ONE_TILE, NARROW,
             )  # fmt: skip
 
 
@@ -212,8 +237,9 @@ def route_experts(
     size, hidden = r.shape
     num_experts, device = weight.shape[0], r.device
     padded = max(16, triton.next_power_of_2(num_experts))
-    # 16 rows are the least that a product takes, and the shape of all if bits must not depend on the batch
-    tile = 16 if size <= 16 or backend.deterministic else 64
+    # 16 rows are the least that a product takes, and the shape of all if bits must not depend on the batch;
+    # few tokens are chosen for by several processors rather than in one launch
+    tile = 16 if size <= 128 or backend.deterministic else 64
     tiles = triton.cdiv(size, tile)
     # from 64 tiles on, reading r once counts for more than filling the chip
     split = 1 if tiles > MAX_TILES or backend.deterministic else min(8, padded // 16)
@@ -236,7 +262,7 @@ def route_experts(
         weights, experts, order, offsets, ranks, counts, size,
         hidden, num_experts, top_k, padded, triton.next_power_of_2(top_k),
         tile, 128 if r.element_size() == 2 else 64, split, pieces, tiles == 1,
-        num_warps=8 if tile == 64 else 4, num_stages=3, **overlap(device),
+        num_warps=8 if tile == 64 else 4, num_stages=5 if split > 1 else 3, **overlap(device),
     )  # fmt: skip
     if tiles > 1:
         _order[(tiles,)](
