@@ -25,6 +25,7 @@ import torch
 from gemcut.config import EngineConfig
 from gemcut.data import Prompt, TokenLogprobs
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
+from gemcut.evaluate.answerers import reply_of
 from gemcut.evaluate.statistics import Distance, Estimate, distance, percentile
 from gemcut.evaluate.task import Item, Reply, Task
 from gemcut.llm import LLM, open_files
@@ -147,22 +148,25 @@ def compare(
     settings: tuple[Mapping[str, Any], Mapping[str, Any]],
     names: tuple[str, str],
     *,
+    max_tokens: int | None = None,
     reference: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     tell: Tell = lambda line: None,
 ) -> Comparison:
-    """Run both sides. settings: what each changes in `base`. reference: what a third engine changes, which
-    judges where answers part. Raises ConfigError if an engine cannot start."""
+    """Run both sides. settings: what each changes in `base`. max_tokens: of an answer, by default the task's.
+    reference: what a third engine changes, which judges where answers part. Raises ConfigError if an engine
+    cannot start."""
     assert items, "there is nothing to compare without items"
     configs = [replace(base, **changes) for changes in settings]
+    longest = task.max_tokens if max_tokens is None else max_tokens
     files = open_files(base)
     tell(f"{len(items)} questions are read")
     prompts = chat_prompts(files, items)
     tell(f"{names[0]} answers")
-    first = _with_engine(configs[0], files, lambda llm: _account(llm, prompts, task.max_tokens, None))
+    first = _with_engine(configs[0], files, lambda llm: _account(llm, prompts, longest, None))
     forced = [answer.token_ids for answer in first.answers]
     tell(f"{names[1]} answers")
-    second = _with_engine(configs[1], files, lambda llm: _account(llm, prompts, task.max_tokens, forced))
+    second = _with_engine(configs[1], files, lambda llm: _account(llm, prompts, longest, forced))
     where = [_parting(a.token_ids, b.token_ids) for a, b in zip(first.answers, second.answers, strict=True)]
     margins: dict[int, float | None] = {}
     if reference is not None and any(at is not None for at in where):
@@ -238,10 +242,6 @@ def chat_prompts(files: ModelFiles, items: Sequence[Item]) -> list[ChatPrompt]:
             return files.chat_prompt(item.messages, enable_thinking=item.thinking, load_media=workers.load)
 
         return list(threads.map(render, items))
-
-
-def reply_of(answer: CompletionOutput) -> Reply:
-    return Reply(text=answer.text, reasoning=answer.reasoning, complete=answer.finish_reason == "stop")
 
 
 def _with_engine(config: EngineConfig, files: ModelFiles, use: Callable[[LLM], Result]) -> Result:

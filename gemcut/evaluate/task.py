@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -42,10 +42,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What a reply is worth. points: 0 to 1. read: the answer that was found in the reply."""
+    """What a reply is worth. points: 0 to 1. read: the answer that was found in the reply, or drawn where
+    none was: `guessed`."""
 
     points: float
-    read: Any = field(default=None)
+    read: Any
+    guessed: bool = False
 
 
 class Task(Protocol):
