@@ -38,7 +38,7 @@ def run(
     dtype: options.DType = "auto",
     kernels: options.Kernels = "auto",
     numerics: options.Numerics = "auto",
-    graphs: options.Graphs = "auto",
+    graphs: options.Graphs = "off",
     max_model_len: options.MaxModelLen = None,
     kv_bytes: options.KVBytes = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = 0.9,
@@ -51,7 +51,7 @@ def run(
 
     The answer goes to stdout as it is written, thoughts go to stderr. With --json the last line of stdout is
     one object: text, reasoning, tool_calls, prompt_token_ids, token_ids, finish_reason, usage, timings, used,
-    forwards.
+    forwards. CUDA graphs are off here: a single answer does not repay the seconds that making them takes.
     """
     pictures, question = split_words(words or ())
     settings = options.engine_settings(
