@@ -96,7 +96,11 @@ def serve(
     ] = 600.0,
     step_seconds: Annotated[
         float,
-        options.flag("--step-seconds", help="A forward pass that takes longer has hung; 120.", panel=LIMITS),
+        options.flag(
+            "--step-seconds",
+            help="A step that takes longer has hung, and the engine is restarted; 120, 0 for no limit.",
+            panel=LIMITS,
+        ),
     ] = 120.0,
     max_num_seqs: Annotated[
         int, options.flag("--max-num-seqs", help="Sequences that run at once; 64.", panel=options.ENGINE)
@@ -184,9 +188,10 @@ def serve(
             max_body_bytes=max_body or 64 << 20,
             request_s=request_seconds,
         )
+        watch = Watch(step_s=step_seconds)
     files = answer.open_files(settings)
     engine = replace(engine, model=str(files.folder))
-    raise typer.Exit(main.serve(engine, config, files, watch=Watch(step_s=step_seconds)))
+    raise typer.Exit(main.serve(engine, config, files, watch=watch))
 
 
 def read_keys(path: Path | None) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Literal
 
 from gemcut.config import EngineConfig
 from gemcut.engine.loop import Job
-from gemcut.errors import GemcutError
+from gemcut.errors import ConfigError, GemcutError
 from gemcut.outputs import Delta, RequestOutput, Stats
 from gemcut.server import wire
 
@@ -32,6 +32,8 @@ MODULE = "gemcut.server.engine_main"
 COUNTERS = ("steps", "preemptions", "prefix_queries", "prefix_hits", "encoder_hits", "encoder_misses")
 LABELLED = ("graph_replays", "eager_forwards", "dropped_graphs")  # the same, by label
 State = Literal["starting", "ready", "restarting", "failed", "closed"]
+Cause = Literal["step", "silence"]
+CAUSES: tuple[Cause, ...] = ("step", "silence")
 
 
 class EngineDied(GemcutError):
@@ -40,15 +42,25 @@ class EngineDied(GemcutError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """When the engine counts as dead. step_s: a step that takes longer has hung. silence_s: no answer to
-    pings for so long. start_s: loading and the first forward pass. most_deaths in `within_s` give it up."""
+    """When the engine counts as dead.
+
+    step_s: a step that takes longer has hung; 0 sets no limit. silence_s: no answer to pings for so long,
+    as when a step hangs and lets no other thread run. start_s: loading, compiling, the first forward pass;
+    neither of the others counts until then. end_s: what was killed and has not ended by then, as a process
+    that a driver holds, is left behind. most_deaths in `within_s` give it up. Raises ConfigError.
+    """
 
     step_s: float = 120.0
     silence_s: float = 60.0
     start_s: float = 1800.0
     ping_s: float = 0.5
+    end_s: float = 10.0
     most_deaths: int = 5
     within_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not self.step_s >= 0:
+            raise ConfigError(f"step_seconds must be 0, which sets no limit, or more; got {self.step_s}.")
 
 
 class Stream:
@@ -100,8 +112,8 @@ class Stream:
 class EngineClient:
     """One engine process at a time.
 
-    stats: of the present process as of the last ping, None before the first. gave_up: set if it died too
-    often.
+    stats: of the present process as of the last ping, None before the first. kills: processes that were
+    killed, by what they had not done in time. gave_up: set if it died too often.
     """
 
     def __init__(
@@ -115,6 +127,7 @@ class EngineClient:
         # what engines that died had counted, by field or by field and label
         self.past: Counter[str | tuple[str, str]] = Counter()
         self.num_restarts = 0
+        self.kills: Counter[Cause] = Counter()
         self.bad_frames = 0
         self.pid: int | None = None
         self.gave_up = asyncio.Event()
@@ -122,6 +135,7 @@ class EngineClient:
         self.step_count_s = 0.0  # when the number of steps last grew
         self._streams: dict[str, Stream] = {}
         self._deaths: deque[float] = deque()
+        self._verdict: str | None = None  # why the present process was killed
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -208,6 +222,7 @@ class EngineClient:
     async def _launch(self) -> asyncio.StreamReader:
         """Start a process and wait until it says that it is ready."""
         began = time.monotonic()
+        self._verdict = None
         folder = tempfile.mkdtemp(prefix="gemcut-")  # of mode 0700
         try:
             async with asyncio.timeout(self.watch.start_s):
@@ -261,18 +276,19 @@ class EngineClient:
             server.close()
 
     async def _bury(self, grace_s: float = 0.2) -> int | None:
-        """See the process to its end, which it may be coming to by itself. Returns its exit status."""
+        """See the process to its end, which it may be coming to by itself. Returns its exit status, None if
+        it has none."""
         process, writer = self._process, self._writer
         self._process = self._writer = self.pid = None
         status = None
         if process is not None:
-            try:
-                async with asyncio.timeout(grace_s):
-                    status = await process.wait()
-            except TimeoutError:
+            status = await _status(process, grace_s)
+            if status is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
-                status = await process.wait()
+                status = await _status(process, self.watch.end_s)
+            if status is None:
+                log.error("process %d was killed and does not end; it is left behind", process.pid)
         if writer is not None:
             writer.close()
         return status
@@ -319,35 +335,51 @@ class EngineClient:
                 self._note(message)
             elif isinstance(message, wire.Failed):
                 return f"{message.kind}: {message.message}"
-        return "its connection ended"
+        return self._verdict or "its connection ended"
 
     def _note(self, pong: wire.Pong) -> None:
         if self.stats is None or pong.stats.steps != self.stats.steps:
             self.step_count_s = time.monotonic()
         self.stats = pong.stats
-        if pong.step_s > self.watch.step_s:
-            self._kill(f"a step has been going on for {pong.step_s:.0f} s")
+        if 0 < self.watch.step_s < pong.step_s:
+            self._kill("step", f"a step has been going on for {pong.step_s:.0f} s")
 
     async def _watch(self) -> None:
-        """Ping, and kill a process that is silent. Its connection then ends, which `_read` sees."""
+        """Ping, and kill a process that is silent."""
         while True:
             self._send(wire.Ping())
             await asyncio.sleep(self.watch.ping_s)
             silent = time.monotonic() - self.heard_s
             if silent > self.watch.silence_s:
-                self._kill(f"it has been silent for {silent:.0f} s")
+                self._kill("silence", f"it has been silent for {silent:.0f} s")
                 return
 
-    def _kill(self, reason: str) -> None:
+    def _kill(self, cause: Cause, reason: str) -> None:
+        """End the process, and its connection, which `_read` sees. A process that a driver holds does not
+        end, but those who wait for it must not wait longer."""
+        if self._verdict is not None:
+            return
+        self._verdict = reason
+        self.kills[cause] += 1
         log.error("the engine is killed: %s", reason)
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+        if self._writer is not None:
+            self._writer.transport.abort()
 
     def _fail_all(self, error: GemcutError) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
+
+
+async def _status(process: asyncio.subprocess.Process, within_s: float) -> int | None:
+    """The exit status, None if the process goes on."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            return await process.wait()
+    return None
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gemcut.outputs import RequestOutput, Stats
-from gemcut.server.engine_client import EngineClient
+from gemcut.server.engine_client import CAUSES, EngineClient
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -153,7 +153,15 @@ class _EngineCounters(Collector):
         queries = total("encoder_hits") + total("encoder_misses")
         yield counter("mm_cache_queries", "Media looked up in the encoder cache.", queries)
         yield counter("engine_restarts", "Engines that died and were replaced.", client.num_restarts)
+        yield self._kills()
         yield counter("bad_frames", "Frames between the processes that were dropped.", client.bad_frames)
+
+    def _kills(self) -> Metric:
+        help = "Engines that were killed: a step did not end, or no sign of life came."
+        made = CounterMetricFamily("gemcut:engine_kills", help, labels=["model_name", "cause"])
+        for cause in CAUSES:
+            made.add_metric([self._model, cause], self._client.kills[cause])
+        return made
 
     def _by_label(self, family: _Family) -> Metric:
         totals: Totals[str] = Totals()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -12,8 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from server_rig import DATA_URI, ROOT, Server, read_all, until
 
+from gemcut.config import EngineConfig
+from gemcut.demo import CHECKPOINT
+from gemcut.engine.loop import Job
+from gemcut.engine.model_files import ModelFiles
+from gemcut.sampling import SamplingParams
+from gemcut.server.engine_client import EngineClient, EngineDied, Watch
 from gemcut.server.errors import TABLE
 
 
@@ -74,15 +83,84 @@ def test_an_engine_that_crashes_takes_no_request_twice() -> None:
         assert server.process.wait(10) == 1
 
 
+def kills(server: Server) -> dict[str, float]:
+    """Processes that were killed, by cause."""
+    families = text_string_to_metric_families(server.get("/metrics").body.decode())
+    (found,) = (family for family in families if family.name == "gemcut:engine_kills")
+    return {sample.labels["cause"]: sample.value for sample in found.samples}
+
+
 def test_a_step_that_does_not_end_is_noticed() -> None:
-    with Server.scripted(watch={"step_s": 0.5, "ping_s": 0.1}) as server:
+    with Server.scripted(watch={"step_s": 0.5, "ping_s": 0.1}, step_s=0.02) as server:
+        assert kills(server) == {"step": 0, "silence": 0}
+        beside = server.open_stream("long")
+        assert beside.recv(64, 0x02)  # MSG_PEEK: it has begun
         began = time.monotonic()
-        reply = server.chat("hang")
-        assert reply.error["code"] == "engine_died"
-        assert time.monotonic() - began < 3.0
+        hung = server.open_stream("hang")
+        until(lambda: server.get("/ready").status == 503, 2.0)
+        said = events(read_all(beside))
+        assert json.loads(said[-1])["error"]["code"] == "engine_died"
+        assert "[DONE]" not in said
+        head, _, body = read_all(hung).partition(b"\r\n\r\n")  # no event of it had been sent
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["error"]["code"] == "engine_died"
+        assert 0.5 < time.monotonic() - began < 1.5  # the limit, and a second
         until(lambda: server.get("/ready").status == 200, 20.0)
         assert server.chat("hello").status == 200
-        assert server.lines("the engine died")[0]["exit_status"] == -signal.SIGKILL
+        assert kills(server) == {"step": 1, "silence": 0}
+        (line,) = server.lines("the engine died")
+        assert line["exit_status"] == -signal.SIGKILL
+        assert "a step has been going on for" in line["reason"]
+
+
+def test_an_engine_that_is_idle_or_slow_is_left_alone() -> None:
+    watch = {"step_s": 0.6, "silence_s": 0.6, "ping_s": 0.1}
+    with Server.scripted(watch=watch, step_s=0.25) as server:
+        time.sleep(0.8)
+        assert server.chat("long", max_tokens=4).status == 200  # 1 s, no step of which takes 0.6
+        assert kills(server) == {"step": 0, "silence": 0}
+        assert len(server.lines("the engine is ready")) == 1
+
+
+def test_without_a_limit_a_step_may_take_its_time() -> None:
+    with Server.scripted(watch={"step_s": 0, "ping_s": 0.1}) as server:
+        stream = server.open_stream("hang")
+        time.sleep(0.5)
+        assert server.get("/ready").status == 200
+        assert kills(server) == {"step": 0, "silence": 0}
+        os.kill(server.engine_pid, signal.SIGKILL)  # nothing else ends it
+        read_all(stream)
+
+
+def test_those_who_wait_do_not_wait_for_a_process_that_cannot_be_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A driver may hold a process for as long as its GPU hangs."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(Path(__file__).parent))))
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda process: None)
+    prompt = ModelFiles.open(CHECKPOINT).chat_prompt([{"role": "user", "content": "script:hang"}])
+    job = Job(request_id="hung", prompt=prompt, params=SamplingParams())
+    watch = Watch(step_s=0.3, ping_s=0.05, end_s=0.1)
+
+    async def hang() -> None:
+        config = EngineConfig(model=str(CHECKPOINT))
+        client = EngineClient(config, max_waiting=4, watch=watch, module="scripted_engine")
+        await client.start()
+        held = client.pid
+        assert held is not None
+        began = time.monotonic()
+        with pytest.raises(EngineDied):
+            await client.submit(job, streamed=True).next()
+        assert time.monotonic() - began < 0.3 + 1.0
+        async with asyncio.timeout(20):
+            while not client.is_ready:
+                await asyncio.sleep(0.02)
+        assert client.pid != held
+        assert is_running(held)
+        os.kill(held, signal.SIGKILL)
+        await client.close()
+
+    asyncio.run(hang())
 
 
 def test_a_stopped_process_is_noticed() -> None:
@@ -90,6 +168,7 @@ def test_a_stopped_process_is_noticed() -> None:
         os.kill(server.engine_pid, signal.SIGSTOP)
         until(lambda: server.get("/ready").status == 503, 2.0)
         until(lambda: server.get("/ready").status == 200, 20.0)
+        assert kills(server) == {"step": 0, "silence": 1}
 
 
 def test_sigterm_lets_those_in_flight_finish() -> None:
@@ -218,6 +297,7 @@ def test_the_command_says_why_it_cannot_start(tmp_path: Path) -> None:
             (["--api-key-file", str(tmp_path / "none")], 2, "cannot be read"),
             (["--api-key-file", str(tmp_path / "empty")], 2, "holds no key"),
             (["--max-num-seqs", "0"], 2, "--max-num-seqs"),
+            (["--step-seconds", "-1"], 2, "--step-seconds must be 0"),
             ([str(tmp_path)], 1, "config.json"),
         ):
             done = subprocess.run(

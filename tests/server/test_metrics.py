@@ -18,7 +18,7 @@ FAMILIES = {
     *("prompt_tokens", "generation_tokens", "request_success", "http_requests"),
     *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
     *("request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"),
-    *("num_preemptions", "engine_steps", "engine_restarts", "bad_frames"),
+    *("num_preemptions", "engine_steps", "engine_restarts", "engine_kills", "bad_frames"),
     *("graph_replays", "eager_forwards", "dropped_graphs"),
 }
 
