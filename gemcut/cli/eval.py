@@ -115,7 +115,8 @@ def eval(
         Literal["float32", "bfloat16"] | None,
         options.flag(
             "--margin-dtype",
-            help="Where answers part, let the torch kernels in this dtype judge, too.",
+            help="Run the torch kernels in this dtype, too: a judge where answers part, and a yardstick for "
+            "distributions.",
             panel=COMPARED,
         ),
     ] = None,
@@ -129,11 +130,11 @@ def eval(
         float,
         options.flag(
             "--max-kl",
-            help="Nats that the answers' distributions may be apart on average; 0.01.",
+            help="Nats that the answers' distributions may be apart on average; 0.002.",
             min=0.0,
             panel=COMPARED,
         ),
-    ] = 0.01,
+    ] = 0.002,
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     kernels: options.Kernels = "auto",
@@ -407,18 +408,23 @@ def show_comparison(result: Comparison) -> None:
         )
         if len(result.partings) > SHOWN:
             terminal.write(f"and {len(result.partings) - SHOWN} more; --out keeps them all.\n")
+    pairs = [("first and second", result.divergences)]
+    if result.from_reference is not None:
+        pairs += zip(("reference and first", "reference and second"), result.from_reference, strict=True)
     terminal.write_table(
         "Distance of the next token's distributions, in nats: a lower bound, from 20 tokens and the rest",
-        ("where", "positions", "mean", "p99", "largest", "same likeliest", "listed"),
+        ("between", "where", "positions", "mean", "p99", "largest", "same likeliest", "listed"),
         [
             (
+                between,
                 each.where,
                 f"{each.positions:,}",
                 *(f"{value:.2e}" for value in (each.mean, each.p99, each.most)),
                 f"{each.same:.2%}",
                 f"{each.listed:.2%}",
             )
-            for each in result.divergences
+            for between, divergences in pairs
+            for each in divergences
         ],
     )
     for finding in result.findings:

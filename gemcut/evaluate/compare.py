@@ -30,10 +30,12 @@ from gemcut.evaluate.statistics import Distance, Estimate, distance, percentile
 from gemcut.evaluate.task import Item, Reply, Task
 from gemcut.llm import LLM, open_files
 from gemcut.media.workers import MediaWorkers
-from gemcut.outputs import CompletionOutput
+from gemcut.outputs import CompletionOutput, RequestOutput
 from gemcut.sampling import MAX_LOGPROBS, SamplingParams
 
 QUESTIONS = "in the questions"
+ANSWERS_READ = "in the answers, read at once"
+ANSWERS_WRITTEN = "in the answers, token by token"
 THREADS = 8  # that wait for pictures to be decoded
 Result = TypeVar("Result")
 Tell = Callable[[str], None]
@@ -44,12 +46,16 @@ class Limits:
     """What two engines that compute the same may differ by.
 
     near_tie: nats between the two likeliest tokens, up to which either may come. mean_kl: nats, over all
-    positions of the answers. errors: standard errors of the scores' difference.
+    positions of the answers. errors: standard errors of the scores' difference. farther: how many times
+    farther from the reference the second side's distributions may be than the first's; `unseen` nats are
+    always allowed. It holds for sides of one dtype.
     """
 
     near_tie: float = 0.5
-    mean_kl: float = 0.01
+    mean_kl: float = 0.002
     errors: float = 3.0
+    farther: float = 3.0
+    unseen: float = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +120,8 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """difference: of the scores, second less first, item by item. reference: the settings of the judge.
+    """difference: of the scores, second less first, item by item. reference: the settings of the judge;
+    from_reference: how far each side's distributions are from its own, where the text is read at once.
     findings: where a limit is exceeded, in sentences."""
 
     task: str
@@ -126,6 +133,7 @@ class Comparison:
     partings: list[Parting]
     divergences: list[Divergence]
     reference: Mapping[str, Any] | None
+    from_reference: tuple[list[Divergence], list[Divergence]] | None
     findings: list[str] = field(default_factory=list)
 
 
@@ -154,8 +162,8 @@ def compare(
     tell: Tell = lambda line: None,
 ) -> Comparison:
     """Run both sides. settings: what each changes in `base`. max_tokens: of an answer, by default the task's.
-    reference: what a third engine changes, which judges where answers part. Raises ConfigError if an engine
-    cannot start."""
+    reference: what a third engine changes, which judges where answers part, and is the yardstick of both
+    sides' distributions. Raises ConfigError if an engine cannot start."""
     assert items, "there is nothing to compare without items"
     configs = [replace(base, **changes) for changes in settings]
     longest = task.max_tokens if max_tokens is None else max_tokens
@@ -169,10 +177,20 @@ def compare(
     second = _with_engine(configs[1], files, lambda llm: _account(llm, prompts, longest, forced))
     where = [_parting(a.token_ids, b.token_ids) for a, b in zip(first.answers, second.answers, strict=True)]
     margins: dict[int, float | None] = {}
-    if reference is not None and any(at is not None for at in where):
-        tell("the reference judges where they part")
+    from_reference = None
+    if reference is not None:
+        tell("the reference reads the same")
         config = replace(base, **reference)
-        margins = _with_engine(config, files, lambda llm: _judge(llm, prompts, first, second, where))
+        margins, judged = _with_engine(
+            config,
+            files,
+            lambda llm: (_judge(llm, prompts, first, second, where), _read(llm, prompts, forced)),
+        )
+        accounts = [output.prompt_logprobs or () for output in judged]
+        from_reference = (
+            _while_reading(prompts, accounts, first.forced),
+            _while_reading(prompts, accounts, second.forced),
+        )
     replies = [[reply_of(answer) for answer in account.answers] for account in (first, second)]
     points = [
         [task.mark(item, reply).points for item, reply in zip(items, side, strict=True)] for side in replies
@@ -199,8 +217,12 @@ def compare(
         agreeing=len(items) - len(partings),
         difference=Estimate.of([b - a for a, b in zip(*points, strict=True)]),
         partings=partings,
-        divergences=_divergences(prompts, first, second, where),
+        divergences=[
+            *_while_reading(prompts, first.forced, second.forced),
+            *_while_writing(first, second, where),
+        ],
         reference=reference,
+        from_reference=from_reference,
     )
     return replace(result, findings=findings(result, limits or Limits()))
 
@@ -230,6 +252,14 @@ def findings(result: Comparison, limits: Limits) -> list[str]:
         f"the limit is {limits.mean_kl:g}."
         for each in result.divergences
         if each.where != QUESTIONS and not each.mean <= limits.mean_kl
+    ]
+    # a coarser dtype is farther by intention
+    same_dtype = result.sides[0].used["dtype"] == result.sides[1].used["dtype"]
+    found += [
+        f"From the reference, the second side's distributions {other.where} are {other.mean:.3g} nats away, "
+        f"the first side's {one.mean:.3g}."
+        for one, other in zip(*(result.from_reference or ((), ())), strict=False)
+        if same_dtype and not other.mean <= limits.farther * one.mean + limits.unseen
     ]
     return found
 
@@ -262,11 +292,7 @@ def _account(
     began = time.perf_counter()
     written = llm.chat(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=MAX_LOGPROBS))
     answers = [output.outputs[0] for output in written]
-    texts = forced if forced is not None else [answer.token_ids for answer in answers]
-    longer = [_continued(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    read = llm.chat(
-        longer, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=MAX_LOGPROBS), use_tqdm=False
-    )
+    read = _read(llm, prompts, [answer.token_ids for answer in answers] if forced is None else forced)
     stats = llm.stats()
     return _Account(
         used=asdict(llm.used),
@@ -280,6 +306,13 @@ def _account(
         errors=Counter(a.error for a in (*answers, *(o.outputs[0] for o in read)) if a.error is not None),
         wall_s=time.perf_counter() - began,
     )
+
+
+def _read(llm: LLM, prompts: Sequence[ChatPrompt], texts: Sequence[Sequence[int]]) -> list[RequestOutput]:
+    """Read all prompts with a text behind each, and account for every position."""
+    longer = [_continued(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=MAX_LOGPROBS)
+    return llm.chat(longer, params, use_tqdm=False)
 
 
 def _judge(
@@ -320,28 +353,29 @@ def _parting(first: Sequence[int], second: Sequence[int]) -> int | None:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _divergences(
-    prompts: Sequence[ChatPrompt], first: _Account, second: _Account, where: Sequence[int | None]
+def _while_reading(
+    prompts: Sequence[ChatPrompt],
+    first: Sequence[Sequence[TokenLogprobs | None]],
+    second: Sequence[Sequence[TokenLogprobs | None]],
 ) -> list[Divergence]:
-    """By kind of position. What stands at a picture's soft tokens is never predicted, and left out."""
-    questions: list[Distance] = []
-    reading: list[Distance] = []
-    writing: list[Distance] = []
-    for i, prompt in enumerate(prompts):
+    """In questions and answers. What stands at a picture's soft tokens is never predicted, and left out."""
+    found: dict[str, list[Distance]] = {QUESTIONS: [], ANSWERS_READ: []}
+    for prompt, one, other in zip(prompts, first, second, strict=True):
         length, pictures = len(prompt.prompt), _soft_positions(prompt)
-        for position, (a, b) in enumerate(zip(first.forced[i], second.forced[i], strict=False)):
+        for position, (a, b) in enumerate(zip(one, other, strict=False)):
             if a is not None and b is not None and position not in pictures:
-                (questions if position < length else reading).append(distance(a, b))
-        # up to the token at which they part, both have written the same
-        upto = None if where[i] is None else where[i] + 1  # type: ignore[operator]
-        both = [(side.answers[i].logprobs or ())[:upto] for side in (first, second)]
-        writing += [distance(a, b) for a, b in zip(*both, strict=False)]
-    kinds = {
-        QUESTIONS: questions,
-        "in the answers, read at once": reading,
-        "in the answers, token by token": writing,
-    }
-    return [Divergence.of(kind, distances) for kind, distances in kinds.items() if distances]
+                found[QUESTIONS if position < length else ANSWERS_READ].append(distance(a, b))
+    return [Divergence.of(where, distances) for where, distances in found.items() if distances]
+
+
+def _while_writing(first: _Account, second: _Account, where: Sequence[int | None]) -> list[Divergence]:
+    """In the answers, up to the token at which they part: so far both have written the same."""
+    distances: list[Distance] = []
+    for one, other, at in zip(first.answers, second.answers, where, strict=True):
+        upto = None if at is None else at + 1
+        both = [(answer.logprobs or ())[:upto] for answer in (one, other)]
+        distances += [distance(a, b) for a, b in zip(*both, strict=False)]
+    return [Divergence.of(ANSWERS_WRITTEN, distances)] if distances else []
 
 
 def _soft_positions(prompt: ChatPrompt) -> set[int]:

@@ -15,7 +15,7 @@ import gemcut
 from gemcut.cli.app import app
 from gemcut.config import EngineConfig
 
-COMMANDS = ("run", "chat", "serve", "render", "inspect", "doctor", "download")
+COMMANDS = ("run", "chat", "serve", "render", "inspect", "doctor", "download", "eval")
 
 
 def test_help_needs_no_rooms_and_little_time() -> None:
