@@ -117,7 +117,7 @@ def _download(repo: str, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub library lets through the errors of the HTTP libraries it uses
         raise NotFound(
-            f"The data set {repo} could not be had from the hub: {type(error).__name__}. The hub may be out of "
-            "reach, or the data set want a licence accepted there and HF_TOKEN set; or name a folder that "
+            f"The data set {repo} could not be had from the hub: {type(error).__name__}. The hub may be out "
+            "of reach, or the data set want a licence accepted there and HF_TOKEN set; or name a folder that "
             "holds it with --data."
         ) from error
