@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from gemcut.bench import kernels, startup
+from gemcut.bench import kernels, overhead, startup
 from gemcut.bench.records import Record, Table
 from gemcut.bench.session import tables as session_tables
 from gemcut.errors import ConfigError
@@ -43,6 +43,8 @@ def tables(record: Record) -> list[Table]:
     """What is shown of a record, whichever command wrote it."""
     if record.subject == "startup":
         return [startup.table(record.results)]
+    if record.subject == "overhead":
+        return [overhead.table(record.results)]
     if record.subject == "kernels":
         return [kernels.as_table(record.results)]
     return session_tables(record)

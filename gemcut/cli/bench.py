@@ -336,6 +336,23 @@ def startup(
 
 
 @command
+def overhead(
+    bench: Invocation,
+    streams: Annotated[int, options.flag("--streams", help="Answers at a time.", min=1, panel=MEASURED)] = 64,
+    words: Annotated[int, options.flag("--words", help="Words of a prompt.", min=1, panel=MEASURED)] = 32,
+    new: NewTokens = 128,
+    rounds: Rounds = 5,
+) -> None:
+    """A server over HTTP beside LLM in one process: tokens a second, time to the first token."""
+    from gemcut.bench import overhead
+
+    if bench.setup.versus or bench.setup.random_weights is not None:
+        raise typer.BadParameter("overhead starts a server: --compare and --random-weights do not apply.")
+    sizes = {"streams": streams, "words": words, "new": new, "rounds": rounds}
+    bench.show(*overhead.run(bench.setup, **sizes, command=bench.command, records=bench.records, tell=tell))
+
+
+@command
 def all_(
     bench: Invocation,
     only: Annotated[

@@ -97,6 +97,7 @@ def test_profile_takes_steps_by_name(config: str) -> None:
         (("profile", "decode"), "How many? Name steps as in decode 64."),
         (("profile", "16"), "name steps as in prefill 256"),
         (("startup", "--compare", "graphs=off", "--compare", "graphs=auto"), "startup measures one engine"),
+        (("overhead", "--random-weights", "31B"), "--compare and --random-weights do not apply"),
     ],
 )
 def test_mistakes_on_the_command_line(words: tuple[str, ...], says: str) -> None:
