@@ -25,7 +25,7 @@ def check(
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     if (
         tensor.dtype in dtypes
-        and (tensor.shape == shape or _fits(tensor.shape, shape))  # the first is fast, and nearly always true
+        and (tensor.shape == shape or _fits(tensor.shape, shape))  # the first is fast, and often true
         and tensor.device == device
         and tensor.is_contiguous()
     ):
