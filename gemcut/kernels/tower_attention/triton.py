@@ -4,6 +4,7 @@ picture gets does not depend on the others."""
 
 # triton types neither launches nor constants
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 
