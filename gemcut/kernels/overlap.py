@@ -26,7 +26,7 @@ from triton.language.extra import cuda
 @cache
 def overlap(device: torch.device) -> dict[str, Any]:
     """Launch options and the constant OVERLAP: on from Hopper on."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = device.type == "cuda" and copies_tiles(device)
     return {"OVERLAP": able, "launch_pdl": able}
 
 

@@ -6,6 +6,7 @@ process and in Triton's cache on disk. The compiler holds Python's lock only whi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 from triton import knobs
 from triton.runtime.jit import JITFunction
+
+log = logging.getLogger(__name__)
 
 MOST_THREADS = 16
 
@@ -48,8 +51,8 @@ def precompile(run: Callable[[], object]) -> int:
 def _compile(kernel: JITFunction[Any], data: str) -> None:
     try:
         kernel.preload(data)
-    except Exception:
-        return
+    except Exception:  # whatever it is, the kernel's own launch meets it again
+        log.debug("%s is left to its first launch", kernel.__name__, exc_info=True)
 
 
 def _kernels() -> Iterator[JITFunction[Any]]:
