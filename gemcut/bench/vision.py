@@ -38,7 +38,7 @@ class Row:
 def measure(
     contenders: Sequence[Gemcut], roofline: Roofline, pictures: Sequence[int], rounds: int
 ) -> list[Row]:
-    """Every round has pictures of its own, so that no cache knows them."""
+    """Every call has a picture that its engine has not seen: engines keep what they encoded."""
     if roofline.plan.vision is None:
         raise ConfigError("This model has no vision tower: it takes text only.")
     soft = contenders[0].files.image_tokens
@@ -60,13 +60,13 @@ def measure(
         prompt = picture_prompt(roofline.plan, [random_picture(soft, number)], TEXT_TOKENS, number)
         return contender.generate([prompt], 1).wall_s * 1e3
 
-    by_turns(contenders, WARM_UPS, first_token)
+    by_turns(contenders, WARM_UPS, lambda contender, number: first_token(contender, rounds + number))
     walls = by_turns(contenders, rounds, first_token)
     floor = roofline.tower_ms(1, soft * POOL * POOL) + roofline.prefill_ms(soft + 2 + TEXT_TOKENS)
     for contender in contenders:
         with contender.timed_on_device() as spans:
             for number in range(DEVICE_ROUNDS):
-                first_token(contender, number)
+                first_token(contender, rounds + WARM_UPS + number)
         rows.append(_row("first token", 1, soft, contender, floor, walls, spans))
     return rows
 

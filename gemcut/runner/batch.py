@@ -16,7 +16,7 @@ import torch
 from gemcut.data import Row, Seat
 from gemcut.models.batch import Batch, PagedRows
 from gemcut.runner.sample import Draws, DrawTensors
-from gemcut.runner.upload import upload
+from gemcut.runner.upload import staging, upload
 
 # Fields of the block. Each takes a stripe: an even number of words of 8 bytes, so that all begin at multiples
 # of 16 bytes, which the kernels are compiled for.
@@ -134,9 +134,8 @@ class Inputs:
         assert total <= size.tokens <= self.max_tokens, f"{total} tokens do not fit into {size}"
         assert num_rows <= size.rows <= self.max_rows, f"{num_rows} rows do not fit into {size}"
         stop = self._tokens_begin + len(TOKEN_FIELDS) * _even(size.tokens)
-        # torch keeps pinned memory from its next user until copies from it are done
-        staging = torch.zeros(stop, dtype=torch.int64, pin_memory=self.block.is_cuda)
-        words = staging.numpy()
+        block = staging(stop, pinned=self.block.is_cuda)
+        words = block.numpy()
 
         def field(name: str, count: int) -> np.ndarray:
             return self._field(words, name, count, size.tokens)
@@ -174,7 +173,7 @@ class Inputs:
             soft_rows = field("soft_rows", size.tokens)
             soft_rows[:] = -1
             self._place_media(rows, begins, soft_rows, field("spans", 2 * total).reshape(-1, 2), soft)
-        self.block[self._begin : stop].copy_(staging[self._begin :], non_blocking=True)
+        self.block[self._begin : stop].copy_(block[self._begin :], non_blocking=True)
 
     def batch(self, size: Size) -> Batch:
         """What `fill` was given, for the model. Ids and page tables are gathered on the device now, the rest

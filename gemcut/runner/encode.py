@@ -11,7 +11,7 @@ import torch
 from gemcut.data import PATCH, POOL, EncodeItem, ImagePatches
 from gemcut.models.batch import Patches
 from gemcut.models.gemma4.model import Gemma4
-from gemcut.runner.upload import upload
+from gemcut.runner.upload import upload, upload_into
 
 # Patches in one pass of the tower. A CPU wants its activations in its caches (16 pictures of 630 patches took
 # a quarter longer at one go than by twos); a GPU wants to be filled, and memory for activations is finite.
@@ -67,7 +67,7 @@ class PatchInputs:
             (self.starts, starts),
             (self.cells, joined),
         ):
-            place[: len(array)].copy_(upload(array, place.device), non_blocking=True)
+            upload_into(place[: len(array)], array)
         self.cells[len(joined) :].zero_()  # those of pictures before may lie behind the last patch
 
     def patches(self, count: int) -> Patches:
