@@ -20,7 +20,7 @@ def find_tile(begins, ends, tile, BLOCK: tl.constexpr):
     tiles = (ends - begins + BLOCK - 1) // BLOCK
     passed = tl.cumsum(tiles, 0)
     group = tl.sum((passed <= tile).to(tl.int32), 0)
-    chosen = tl.arange(0, begins.shape[0]) == group
+    chosen = (passed - tiles <= tile) & (tile < passed)
     begin = tl.sum(tl.where(chosen, begins + (tile - passed + tiles) * BLOCK, 0), 0)
     end = tl.sum(tl.where(chosen, ends, 0), 0)
     return group, begin, end
