@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gemcut.evaluate.task import Task
 
 TaskName = Literal["demo", "mmmu", "mmmu_pro", "mmlu_pro", "gsm8k", "gpqa", "mathvision", "docvqa"]
-DEMO_ITEMS = 500
 COMPARED, ASKED, TOLD = "Two settings compared", "What is asked", "What is told"
 SHOWN = 20  # differing answers in the table; all are in the file
 PARSERS: Mapping[str, Callable[[str], Any]] = {
@@ -171,7 +170,10 @@ def eval(
     from gemcut.config import EngineConfig
 
     asked = chosen_task(task, data=data, fonts=fonts, signs=not no_signs, seed=seed)
-    items = DEMO_ITEMS if items is None and task == "demo" else items
+    if items is None and task == "demo":
+        from gemcut.evaluate.demo import ITEMS
+
+        items = ITEMS
     longest = max_tokens or asked.max_tokens
     if base_url is not None:
         if compare is not None:
@@ -238,7 +240,8 @@ def eval(
 def chosen_task(name: str, *, data: Path | None, fonts: str | None, signs: bool, seed: int | None) -> Task:
     """The task of a name, with what was said of its questions."""
     if name == "demo":
-        from gemcut.evaluate.demo import SEED, Demo
+        from gemcut.demo.evaluate import SEED
+        from gemcut.evaluate.demo import Demo
 
         if data is not None:
             raise typer.BadParameter("--data is for data sets; the demo draws its questions.")

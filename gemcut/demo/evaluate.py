@@ -3,7 +3,8 @@
     python -m gemcut.demo.evaluate --pictures 2000 --out accuracy.json
 
 The pictures are drawn with PIL in their own sizes, with fonts, words, numbers and combinations that the
-training never saw, and go through whatever ``answer`` does with pictures: ``evaluate`` takes any engine.
+training never saw. This command asks transformers; `gemcut eval demo` puts the same questions, in the same
+prompts, to gemcut or a server.
 """
 
 import argparse
@@ -15,17 +16,21 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from gemcut.data import Control, Text
 from gemcut.demo import CHECKPOINT, fonts, render_pil
 from gemcut.demo.questions import QA, ask_shapes, ask_sign, ask_text, ask_two, describe_all
 from gemcut.demo.scenes import Canvas, Scene, SignScene, sample_shapes, sample_sign, sample_size
+from gemcut.prompt.template import render
+from gemcut.prompt.variant import carries_empty_thought, read_chat_template
 
+SEED, LOT = 20261124, 1000  # of the first pictures that are measured; pictures that come from one seed
 SMALLEST = 34.0  # least font size of a sign in px, as the model sees it: letters about 22 px wide
 
 
@@ -46,6 +51,17 @@ class Item:
     thought: str = ""
     sizes: tuple[tuple[int, int], ...] = ()  # height, width
     layout: str = ""
+
+    @property
+    def messages(self) -> tuple[Mapping[str, Any], ...]:
+        """The conversation: earlier turns with their right answers, the pictures in the first."""
+        pictures = [{"type": "image", "image": picture} for picture in self.pictures]
+        questions = [question for question, _ in self.history] + [self.qa.question]
+        first = [*pictures[: self.order], {"type": "text", "text": questions[0]}, *pictures[self.order :]]
+        turns: list[Mapping[str, Any]] = [{"role": "user", "content": first}]
+        for (_, answer), question in zip(self.history, questions[1:], strict=True):
+            turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        return tuple(turns)
 
     @property
     def expected(self) -> str:
@@ -112,18 +128,17 @@ def held_out_items(
             history = (*history, (qa.question, qa.answer)) if rng.random() < 0.5 else ()
 
 
-def chat_text(item: Item, soft_tokens: list[int], empty_thought: bool) -> str:
-    """The item's prompt in Gemma 4's chat format, soft tokens written out."""
-    placeholders = [f"<|image>{'<|image|>' * count}<image|>" for count in soft_tokens]
-    text = "<bos>" + ("<|turn>system\n<|think|>\n<turn|>\n" if item.thinking else "")
-    for index, question in enumerate([question for question, _ in item.history] + [item.qa.question]):
-        parts = (
-            [*placeholders[: item.order], question, *placeholders[item.order :]] if index == 0 else [question]
-        )
-        text += f"<|turn>user\n{''.join(parts)}<turn|>\n<|turn>model\n"
-        if index < len(item.history):
-            text += f"{item.history[index][1]}<turn|>\n"
-    return text + ("<|channel>thought\n<channel|>" if empty_thought and not item.thinking else "")
+def chat_text(item: Item, soft_tokens: Sequence[int], *, empty_thought: bool) -> str:
+    """The item's prompt by gemcut's template, as one string with its soft tokens written out."""
+    pieces = []
+    for segment in render(item.messages, enable_thinking=item.thinking, empty_thought=empty_thought):
+        if isinstance(segment, Text):
+            pieces.append(segment.text)
+        elif isinstance(segment, Control):
+            pieces.append(segment.token)
+        else:
+            pieces.append(f"<|image>{'<|image|>' * soft_tokens[segment.index]}<image|>")
+    return "".join(pieces)
 
 
 @dataclass
@@ -198,7 +213,8 @@ class TransformersEngine:
         import transformers
         from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-        self.torch, self.count, self.always_generate = torch, 0, always_generate
+        self.torch, self.always_generate = torch, always_generate
+        self.empty_thought = carries_empty_thought(read_chat_template(folder), has_per_layer_embeddings=False)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.processor = Gemma4ImageProcessorPil.from_pretrained(folder)
         self.model: Any = transformers.Gemma4ForConditionalGeneration.from_pretrained(
@@ -229,8 +245,7 @@ class TransformersEngine:
         torch = self.torch
         features = [self.processor([picture], return_tensors="pt") for picture in item.pictures]
         soft = [int(part["num_soft_tokens_per_image"][0]) for part in features]
-        self.count += 1
-        text = chat_text(item, soft, empty_thought=self.count % 2 == 0)
+        text = chat_text(item, soft, empty_thought=self.empty_thought)
         prompt, answer = (
             self.tokenizer(part, add_special_tokens=False)["input_ids"]
             for part in (text, item.expected + "<turn|>")
@@ -329,13 +344,13 @@ def main() -> None:
     parser.add_argument("--generate", action="store_true", help="decode every answer token by token")
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument(
-        "--seed", type=int, default=20261124, help="of the first process, the next ones count on"
+        "--seed", type=int, default=SEED, help=f"of the first {LOT:,} pictures, the next ones count on"
     )
-    parser.add_argument("--processes", type=int, default=1, help="that share the pictures")
+    parser.add_argument("--processes", type=int, default=1, help="that work at a time")
     parser.add_argument("--fonts", default=None, help="a folder of fonts instead of the installed packages")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
-    dtypes, share = arguments.dtypes.split(","), -(-arguments.pictures // arguments.processes)
+    dtypes = arguments.dtypes.split(",")
     with concurrent.futures.ProcessPoolExecutor(
         arguments.processes, multiprocessing.get_context("spawn")
     ) as pool:
@@ -345,19 +360,19 @@ def main() -> None:
                 arguments.checkpoint,
                 dtypes,
                 arguments.generate,
-                arguments.seed + index,
-                share,
+                seed,
+                min(LOT, arguments.pictures - drawn),
                 arguments.fonts,
             )
-            for index in range(arguments.processes)
+            for seed, drawn in enumerate(range(0, arguments.pictures, LOT), start=arguments.seed)
         ]
         measured = [one for part in parts for one in part.result()]
     result = {
-        "command": f"python -m gemcut.demo.evaluate --pictures {arguments.pictures} --seed {arguments.seed} "
-        f"--processes {arguments.processes}{' --generate' if arguments.generate else ''}",
+        "command": f"python -m gemcut.demo.evaluate --pictures {arguments.pictures} --seed {arguments.seed}"
+        f"{' --generate' if arguments.generate else ''}",
         "engine": arguments.engine,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pillow")},
-        "pictures": share * arguments.processes,
+        "pictures": arguments.pictures,
         **record(measured, dtypes),
     }
     print(

@@ -12,10 +12,11 @@ import math
 import multiprocessing
 import queue
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from gemcut.demo import export, fonts, net, render
 from gemcut.demo.questions import KINDS
 from gemcut.demo.rows import BatchMaker, Layout
 from gemcut.demo.tokenizer import Encoder
+
+if TYPE_CHECKING:
+    from gemcut.evaluate.run import Result
 
 _TORCH_TYPES = {
     np.dtype(np.int8): torch.int8,
@@ -275,6 +279,26 @@ def reweigh(accuracy: np.ndarray) -> list[float]:
     return [0.0, *(_IMPORTANCE.get(kind, 1.0) * value for kind, value in zip(KINDS, weight, strict=True))]
 
 
+def exact_answers(
+    checkpoint: Path, folder: Path, font_folder: str | None, items: int | None = None
+) -> "Result":
+    """What an engine answers to held-out questions: `gemcut eval demo --model CHECKPOINT` by its own code,
+    with the same questions and prompts. The answers are kept in `folder`."""
+    from gemcut.evaluate.answerers import EngineAnswerer, Wish
+    from gemcut.evaluate.demo import ITEMS, Demo
+    from gemcut.evaluate.run import run
+    from gemcut.llm import AsyncLLM
+
+    shutil.rmtree(folder, ignore_errors=True)  # answers of an earlier training are not this one's
+    task = Demo(font_folder=font_folder)
+    llm = AsyncLLM(str(checkpoint), kv_bytes=256 << 20)  # the training still holds memory of its own
+    try:
+        answerer = EngineAnswerer(llm, Wish(max_tokens=task.max_tokens))
+        return run(task, answerer, folder, {"model": str(checkpoint)}, items=items or ITEMS)
+    finally:
+        llm.close()
+
+
 def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
     """Run a whole training; returns the last validation on held-out fonts, words and combinations."""
     began = time.time()
@@ -422,6 +446,11 @@ def train(arguments: argparse.Namespace) -> dict[str, tuple[float, int]]:
     say("held out, rounded", json.dumps(result))
     for worker in workers:
         worker.terminate()
+    score = exact_answers(out / "checkpoint", out / "answers", arguments.fonts).score
+    say(
+        f"exact answers to {score.count} held-out questions: {score.mean:.2%}",
+        f"(gemcut eval demo --model {out / 'checkpoint'} asks the same)",
+    )
     return result
 
 
