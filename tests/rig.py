@@ -272,7 +272,7 @@ class Rig:
     def logits(self) -> torch.Tensor:
         """Logits of every token of the last step, [T, V]."""
         with torch.inference_mode():
-            return self.runner.decoder.logits(self._hidden[-1])
+            return self.runner.decoder.logits(self._hidden[-1])[0]
 
     def prefill(
         self,

@@ -223,13 +223,12 @@ def own_kernels() -> Mapping[str, str]:
     """Name of each kernel of `gemcut.kernels` -> its folder. From the sources: triton may not be there."""
     found: dict[str, str] = {}
     for folder in resources.files("gemcut.kernels").iterdir():
-        source = folder.joinpath("triton.py") if folder.is_dir() else None
-        if source is None or not source.is_file():
-            continue
-        for node in ast.walk(ast.parse(source.read_text())):
-            launched = node.func if isinstance(node, ast.Call) else None  # kernel[grid](...)
-            if isinstance(launched, ast.Subscript) and isinstance(launched.value, ast.Name):
-                found[launched.value.id] = folder.name
+        sources = folder.iterdir() if folder.is_dir() else ()
+        for source in (each for each in sources if each.name.endswith(".py")):
+            for node in ast.walk(ast.parse(source.read_text())):
+                launched = node.func if isinstance(node, ast.Call) else None  # kernel[grid](...)
+                if isinstance(launched, ast.Subscript) and isinstance(launched.value, ast.Name):
+                    found[launched.value.id] = folder.name
     return found
 
 

@@ -14,7 +14,7 @@ from gemcut.kernels.embed.op import embed
 from gemcut.kernels.experts.op import grouped_glu, grouped_linear
 from gemcut.kernels.glu.op import glu
 from gemcut.kernels.linear.op import linear
-from gemcut.kernels.logits.op import logits
+from gemcut.kernels.logits.op import block_maxima, logits
 from gemcut.kernels.prepare_qkv.op import prepare_qkv
 from gemcut.kernels.rope.op import rope_table
 from gemcut.kernels.router.op import Routing, route_experts
@@ -33,6 +33,7 @@ __all__ = [
     "add_norm",
     "add_norm_moe",
     "add_positions",
+    "block_maxima",
     "close_layer",
     "close_layer_moe",
     "embed",

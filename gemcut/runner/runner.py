@@ -234,9 +234,9 @@ class ModelRunner:
 
     def head(self, count: int, max_top_k: int) -> None:
         """Draw tokens for the first `count` rows of `picked`, from the logits as they are."""
-        logits = self.decoder.logits(self.picked[:count])
-        tokens = choose(logits, self.inputs.draws(count), max_top_k, self.decoder.backend)
-        self._keep(tokens, is_broken(logits))
+        logits, maxima = self.decoder.logits(self.picked[:count])
+        tokens = choose(logits, maxima, self.inputs.draws(count), max_top_k, self.decoder.backend)
+        self._keep(tokens, is_broken(maxima))
 
     def _draw(self, draws: Draws, masks: Mapping[int, np.ndarray], launched: _Launched) -> None:
         count = len(draws.slots)
@@ -248,8 +248,8 @@ class ModelRunner:
         else:
             if self.graphs.heads:
                 counts.eager["head: top_k" if draws.plain else "head: rules of requests"] += 1
-            logits = self.decoder.logits(self.picked[:count])
-            sampled = self.sampler.draw(logits, draws, self.inputs.draws(count), masks)
+            logits, maxima = self.decoder.logits(self.picked[:count])
+            sampled = self.sampler.draw(logits, maxima, draws, self.inputs.draws(count), masks)
             self._keep(sampled.tokens, sampled.broken)
             launched.logprobs, launched.wanted = sampled.logprobs, sampled.wanted
         # a copy: the next step writes its tokens to the same place
@@ -274,7 +274,7 @@ class ModelRunner:
                 found[row.slot] = []
                 for i in range(0, count, PROMPT_LOGIT_ROWS):
                     stop = min(count, i + PROMPT_LOGIT_ROWS)
-                    logits = self.decoder.logits(hidden[begin + i : begin + stop])
+                    logits, _ = self.decoder.logits(hidden[begin + i : begin + stop])
                     found[row.slot].append(top_logprobs(logits, following[i:stop], k))
             begin += row.count
         return found

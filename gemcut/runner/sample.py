@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gemcut.data import Row, Seat, TokenLogprobs
-from gemcut.kernels import Backend, sample
+from gemcut.kernels import Backend, block_maxima, sample
 from gemcut.runner.upload import upload
 from gemcut.sampling import SamplingParams, SlotSampling
 
@@ -206,20 +206,26 @@ class Sampler:
         )
 
     def draw(
-        self, logits: torch.Tensor, draws: Draws, tensors: DrawTensors, masks: Mapping[int, np.ndarray]
+        self,
+        logits: torch.Tensor,
+        maxima: torch.Tensor,
+        draws: Draws,
+        tensors: DrawTensors,
+        masks: Mapping[int, np.ndarray],
     ) -> Sampled:
         """Sample a token for each row, with everything that requests may ask for.
 
-        logits: [L, V] fp32 of the rows' last tokens. masks: slot -> int32 bitmask over the vocabulary (a
-        grammar's), low bit first.
+        logits: [L, V] fp32 of the rows' last tokens. maxima: theirs, as `kernels.logits` leaves them.
+        masks: slot -> int32 bitmask over the vocabulary (a grammar's), low bit first.
         """
         slots = draws.slots
         states = [self._slots[slot] for slot in slots]
         changed = logits if draws.plain else self._constrain(logits, states, draws, masks)
-        tokens = choose(changed, tensors, draws.max_top_k, self.backend)
-        broken = is_broken(logits)
+        broken = is_broken(maxima)
         if changed is not logits:
-            broken |= is_broken(changed)  # bans and grammar together left nothing
+            maxima = block_maxima(changed, backend=self.backend)
+            broken |= is_broken(maxima)  # bans and grammar together left nothing
+        tokens = choose(changed, maxima, tensors, draws.max_top_k, self.backend)
         if self._generated is not None and any(state.penalized for state in states):
             rows = [i for i, state in enumerate(states) if state.penalized]
             at = self._upload([slots[i] for i in rows], np.int64)
@@ -267,10 +273,13 @@ class Sampler:
         row -= params.frequency_penalty * times + params.presence_penalty * (times > 0)
 
 
-def choose(logits: torch.Tensor, draws: DrawTensors, max_top_k: int, backend: Backend) -> torch.Tensor:
-    """A token for each row of the logits that requests' rules have been applied to."""
+def choose(
+    logits: torch.Tensor, maxima: torch.Tensor, draws: DrawTensors, max_top_k: int, backend: Backend
+) -> torch.Tensor:
+    """A token for each row of the logits that requests' rules have been applied to, and their maxima."""
     return sample(
         logits,
+        maxima,
         draws.temperature,
         draws.top_k,
         draws.top_p,
@@ -281,9 +290,9 @@ def choose(logits: torch.Tensor, draws: DrawTensors, max_top_k: int, backend: Ba
     )
 
 
-def is_broken(logits: torch.Tensor) -> torch.Tensor:
-    """bool [L]: rows that no token can be chosen from; a maximum is NaN if anything is."""
-    best = logits.amax(dim=-1)
+def is_broken(maxima: torch.Tensor) -> torch.Tensor:
+    """bool [L]: rows that no token can be chosen from. maxima: [L, B]; one is NaN if anything is."""
+    best = maxima.amax(dim=-1)
     return best.isnan() | (best == NEVER)
 
 

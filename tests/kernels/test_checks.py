@@ -53,6 +53,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "next_weight": f(H),
         "eps": EPS,
     },
+    "block_maxima": lambda: {"logits": f(T, 20)},
     "close_layer": lambda: {
         "x": f(T, H),
         "d": f(T, H),
@@ -133,6 +134,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "sample": lambda: {
         "logits": f(T, 20),
+        "maxima": f(T, 1),
         "temperature": torch.ones(T),
         "top_k": torch.full((T,), 20),
         "top_p": torch.ones(T),
@@ -150,6 +152,8 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
 # Dimensions that an argument defines: any size is right, as (operation, argument, dimension).
 FREE = {
     ("add_positions", "table", 1),
+    ("block_maxima", "logits", 0),
+    ("block_maxima", "logits", 1),
     ("embed", "weight", 0),  # more ids than are used
     ("embed", "soft", 0),
     ("glu", "gate_up", 0),

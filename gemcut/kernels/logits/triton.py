@@ -1,4 +1,4 @@
-"""Segment Z on the GPU: the head's product, then one pass for the soft cap and the cast to fp32."""
+"""The head on the GPU: cuBLAS, then one walk over the logits that caps them and leaves their maxima."""
 
 # triton types neither launches nor constants
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
@@ -12,9 +12,10 @@ import triton.language as tl
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.linear.op import linear
+from gemcut.kernels.logits.op import BLOCK, num_blocks
 from gemcut.kernels.overlap import after_previous, overlap
 
-BLOCK = 2048  # 8 warps of 8 values a thread
+BLOCKS = 16  # of a program: 8 warps of 8 values a thread
 
 
 @triton.jit
@@ -27,28 +28,68 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 0.2, series, tl.where(x < 0, -ratio, ratio))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
+def _store_maxima(maxima_ptr, logits, index, blocks, first, V: tl.constexpr):
+    """logits, index: [BLOCKS, BLOCK], of which those from V on do not count."""
+    largest = tl.max(tl.where(index < V, logits, float("-inf")), 1)
+    strange = tl.max(((logits != logits) & (index < V)).to(tl.int32), 1)  # a maximum passes over NaN
+    largest = tl.where(strange > 0, float("nan"), largest)
+    block = first + tl.arange(0, logits.shape[0])
+    tl.store(maxima_ptr + block, largest, block < blocks)
+
+
+@triton.jit
 def _cap(
-    z_ptr, out_ptr, count, softcap,
-    V: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
+    z_ptr, out_ptr, maxima_ptr, softcap,
+    V: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     after_previous(OVERLAP)
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < count.to(tl.int64) * V
+    ALL: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    row = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCKS
+    index = (first + tl.arange(0, BLOCKS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     dtype = z_ptr.dtype.element_ty
-    z = tl.load(z_ptr + index, mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * V + index, index < V, other=0.0).to(tl.float32)
     if CAPPED:
         z = rounded(_tanh(rounded(z / softcap, dtype, ROUND)), dtype, ROUND)
         z = rounded(z * softcap, dtype, ROUND)
-    tl.store(out_ptr + index, z, mask)
+    tl.store(out_ptr + row * V + index, z, index < V)
+    _store_maxima(maxima_ptr + row * ALL, z, index, ALL, first, V)
 
 
-def logits(h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, backend: Backend) -> torch.Tensor:
+@triton.jit
+def _block_maxima(
+    logits_ptr, maxima_ptr, V: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    after_previous(OVERLAP)
+    ALL: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    row = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCKS
+    index = (first + tl.arange(0, BLOCKS))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    logits = tl.load(logits_ptr + row * V + index, index < V, other=0.0)
+    _store_maxima(maxima_ptr + row * ALL, logits, index, ALL, first, V)
+
+
+def logits(
+    h: torch.Tensor, weight: torch.Tensor, *, softcap: float | None, backend: Backend
+) -> tuple[torch.Tensor, torch.Tensor]:
     z = linear(h, weight, backend=backend)
     out = torch.empty_like(z, dtype=torch.float32)
-    count, vocab = z.shape
-    _cap[(triton.cdiv(count * vocab, BLOCK),)](
-        z, out, count, softcap or 1.0,
-        vocab, softcap is not None, BLOCK, backend.numerics == "reference", num_warps=8, **overlap(h.device),
+    rows, vocab = z.shape
+    maxima = out.new_empty(rows, num_blocks(vocab))
+    _cap[(triton.cdiv(vocab, BLOCKS * BLOCK), rows)](
+        z, out, maxima, softcap or 1.0,
+        vocab, BLOCKS, BLOCK, softcap is not None, backend.numerics == "reference",
+        num_warps=8, **overlap(h.device),
     )  # fmt: skip
-    return out
+    return out, maxima
+
+
+def block_maxima(logits: torch.Tensor) -> torch.Tensor:
+    rows, vocab = logits.shape
+    maxima = logits.new_empty(rows, num_blocks(vocab))
+    _block_maxima[(triton.cdiv(vocab, BLOCKS * BLOCK), rows)](
+        logits, maxima, vocab, BLOCKS, BLOCK, num_warps=8, **overlap(logits.device)
+    )
+    return maxima

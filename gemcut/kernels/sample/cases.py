@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from gemcut.kernels.backend import Backend
 from gemcut.kernels.case import Case, MakeInputs
+from gemcut.kernels.logits.op import block_maxima
 from gemcut.kernels.sample.op import sample
 
 
@@ -35,6 +37,7 @@ def _inputs(rows: int, vocab: int, max_top_k: int | None) -> MakeInputs:
         draws = torch.rand(rows, generator=generator, device=device, dtype=torch.float64)
         return {
             "logits": logits,
+            "maxima": block_maxima(logits, backend=Backend()),
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+# Probabilities are whole multiples of the likeliest one's 2^-40: their sums are exact in any order, and fit
+# into 64 bits for a vocabulary of up to 2^22.
+UNIT = 2.0**40
+
 
 def draw(
     logits: torch.Tensor,
@@ -18,17 +22,16 @@ def draw(
     scaled = logits / torch.where(warm, temperature, 1.0)[:, None]
     ranked, ids = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[1], device=logits.device)
-    ranked = ranked.masked_fill(rank >= top_k[:, None], float("-inf"))
-    probabilities = ranked.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # a token stays while the mass before it is below top_p, so the first one always stays; in fp32 the
-    # mass before a rare one may round to 1
-    within = (before < top_p[:, None]) | (top_p >= 1)[:, None]
-    kept = within & (probabilities >= min_p[:, None] * probabilities[:, :1])
-    probabilities = torch.where(kept, probabilities, 0.0)
-    cumulative = probabilities.double().cumsum(dim=-1)
-    drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    # rounding may carry a draw past the end: the last kept token is meant
-    last = (kept & (probabilities > 0)).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
-    place = torch.where(warm[:, None], torch.minimum(drawn, last), 0)
-    return ids.gather(-1, place).squeeze(-1)
+    weight = (ranked - ranked[:, :1]).exp().nan_to_num(0.0)  # of the likeliest token's; banned rows have none
+    mass = (weight * UNIT).long().masked_fill(rank >= torch.where(warm, top_k, 1)[:, None], 0)
+    before = mass.cumsum(dim=-1) - mass
+    total = mass.sum(dim=-1)
+    # a token stays while the mass before it is below top_p of all, so the first one always stays
+    enough = torch.where(top_p < 1, (top_p.double() * total).ceil().long().clamp(min=1), total)
+    kept = (before < enough[:, None]) & (weight >= min_p[:, None])
+    by_id = torch.zeros_like(mass).scatter_(-1, ids, mass.masked_fill(~kept, 0))
+    cumulative = by_id.cumsum(dim=-1)
+    total = cumulative[:, -1]
+    # the product may round up to the total
+    point = torch.minimum((uniform * total).long(), total - 1)
+    return torch.searchsorted(cumulative, point[:, None], right=True).squeeze(-1)

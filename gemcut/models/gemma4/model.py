@@ -61,7 +61,7 @@ class Gemma4(nn.Module):
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Soft-capped logits [L, V] fp32 of the hidden states [L, H] of the tokens that need them."""
-        return self.language_model.logits(h)
+        return self.language_model.logits(h)[0]
 
     def checkpoint_map(self) -> dict[str, Destination]:
         """Checkpoint tensor name -> the rows of the parameter that it fills."""

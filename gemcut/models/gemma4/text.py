@@ -273,8 +273,11 @@ class Decoder(nn.Module):
             x, h = layer(x, h, next_norm, ropes[plan.kind], rows, kv[plan.kv_layer], batch, attend)
         return h
 
-    def logits(self, h: torch.Tensor) -> torch.Tensor:
-        """Soft-capped logits of final hidden states. h: [L, H]. Returns [L, V] fp32."""
+    def logits(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft-capped logits of final hidden states. h: [L, H].
+
+        Returns (logits [L, V] fp32, the maxima of their blocks as `kernels.block_maxima` has them).
+        """
         return logits(h, self.embed_tokens.weight, softcap=self.plan.softcap, backend=self.backend)  # Z
 
 
