@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from gemcut.demo import fonts
+from gemcut.demo import evaluate
+from gemcut.demo.evaluate import SEED
 from gemcut.errors import ConfigError, GemcutError
 from gemcut.evaluate import answerers
 from gemcut.evaluate.answerers import EngineAnswerer, ServerAnswerer, Wish, first_model
 from gemcut.evaluate.benchmarks import BENCHMARKS, Benchmark
-from gemcut.evaluate.demo import SEED, Demo
+from gemcut.evaluate.demo import Demo
 from gemcut.evaluate.run import run
 from gemcut.evaluate.task import Item, Reply
 from gemcut.llm import AsyncLLM
 
 FIXTURES = Path(__file__).parent / "fixtures"
-ROOT = Path(__file__).parents[2]
 ASKED = {"model": "fake"}
 
 
@@ -128,21 +128,13 @@ def llm() -> Iterator[AsyncLLM]:
     llm.close()
 
 
-def test_the_demo_answers_as_it_was_measured(llm: AsyncLLM, tmp_path: Path) -> None:
-    """Right wherever the record of transformers' answers is, for items whose prompts are the same: the
-    record opens every other answer with an empty thought, as our template does each."""
-    assert fonts.faces(True), "pip install gemcut[demo]"
-    record = json.loads((ROOT / "bench/records/demo-accuracy.json").read_text())["transformers"]
-    wrong = {
-        (each["outcome"]["question"], each["outcome"]["expected"]) for each in record["wrong_or_differing"]
-    }
-    run(Demo(), EngineAnswerer(llm, Wish(max_tokens=160)), tmp_path, ASKED, items=60)
-    same = [entry for entry in lines(tmp_path) if int(entry["id"].removeprefix(f"{SEED}-")) % 2]
-    assert len(same) == 30
-    for entry in same:
-        expected = entry["target"]["text"]
-        assert (entry["points"] == 0) == ((entry["question"], expected) in wrong), entry
-    assert sum(entry["points"] for entry in lines(tmp_path)) >= 58
+def test_the_demos_lots_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `LOT` pictures of one seed come those of the next."""
+    monkeypatch.setattr(evaluate, "LOT", 5)
+    first, second = (list(evaluate.held_out_items(SEED + i, 5, signs=False)) for i in range(2))
+    asked = list(islice(Demo(signs=False).items(), len(first) + len(second)))
+    assert [item.messages for item in asked] == [item.messages for item in first + second]
+    assert asked[len(first)].id == f"{SEED + 1}-shapes-0"
 
 
 def test_a_benchmark_goes_through_an_engine(llm: AsyncLLM, tmp_path: Path) -> None:
