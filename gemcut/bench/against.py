@@ -1,106 +1,146 @@
-"""transformers as the other side: the same values in its model, the same prompts, its own `generate`.
+"""Another engine as the other side of a benchmark: who there is, what each needs, how two share a GPU.
 
-Both models do not fit on one GPU at full size, so it is measured after ours, in the same command.
+Where both fit on the device they are measured by turns in one run; otherwise one after the other, in the
+same command. vLLM and SGLang start from a config alone and make random values of their own, so their answers
+are not ours, and the experts of their decode steps are not the ones that the floor counts.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 
-from gemcut.bench.contender import Setup, Trace
-from gemcut.engine.model_files import ChatPrompt
-from gemcut.errors import ConfigError
-from gemcut.hub import read_config
-from gemcut.models.weight_sources import draw
-from gemcut.plan import tensor_shapes
+from gemcut.bench.contender import BESIDE_KV_BYTES, Contender, Setup
+from gemcut.errors import ConfigError, GemcutError
+from gemcut.plan import weight_bytes
+
+PeerName = Literal["transformers", "vllm", "sglang"]
+LEAST_KV_BYTES = 4 << 30  # of each of two engines that share a GPU
 
 
-def check_peer(setup: Setup) -> None:
-    """Raise ConfigError if the other side cannot be had; before ours takes minutes."""
-    if find_spec("transformers") is None:
-        raise ConfigError("transformers is not installed: pip install transformers.")
+class Peer(Contender, Protocol):
+    """Another engine, started and idle."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What there is to know of an engine before it starts.
+
+    marks: files of its package that a version with Gemma 4 has; the last one for pictures. subjects: of
+    `gemcut bench`, that it can be measured by.
+    """
+
+    subjects: tuple[str, ...]
+    marks: tuple[str, ...]
+    tried: str
+
+
+KINDS: dict[PeerName, Kind] = {
+    "transformers": Kind(
+        subjects=("prefill", "decode"),
+        marks=("models/gemma4/modeling_gemma4.py",),
+        tried="5.17 and 5.23",
+    ),
+    "vllm": Kind(
+        subjects=("prefill", "decode", "vision", "batch"),
+        marks=("model_executor/models/gemma4.py", "model_executor/models/gemma4_mm.py"),
+        tried="0.33.0, by its source",
+    ),
+    "sglang": Kind(
+        subjects=("prefill", "decode", "vision", "batch"),
+        marks=("srt/models/gemma4_causal.py", "srt/models/gemma4_mm.py"),
+        tried="0.5.23, by its source",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What each of two engines on one device gets. kv_bytes: for KV, None where nobody has to be told.
+    all_bytes: for everything, weights included."""
+
+    kv_bytes: int | None
+    all_bytes: int
+
+
+def check_peer(name: PeerName, setup: Setup, subjects: Sequence[str]) -> list[str]:
+    """The subjects that the other side can be measured by. Raises ConfigError if it cannot be had or knows
+    none of them; before ours takes minutes."""
+    kind = KINDS[name]
+    known = [subject for subject in subjects if subject in kind.subjects]
+    if not known:
+        raise ConfigError(f"{name} is measured by {', '.join(kind.subjects)}, not by {', '.join(subjects)}.")
     if setup.random_weights is None:
-        raise ConfigError("Both sides get the same random values: give --random-weights.")
-
-
-class Transformers:
-    """Gemma 4 of transformers: sdpa attention, grouped products of experts, eager, no graphs."""
-
-    name = "transformers"
-
-    def __init__(self, setup: Setup, device: torch.device, dtype: torch.dtype) -> None:
-        import transformers
-
-        assert setup.random_weights is not None, "checked by check_peer"
-        _, config = read_config(setup.random_weights)
-        parsed = transformers.AutoConfig.for_model(**config)
-        text_only = config.get("model_type") == "gemma4_text"
-        model_class: Any = (
-            transformers.Gemma4ForCausalLM if text_only else transformers.Gemma4ForConditionalGeneration
+        raise ConfigError("Both sides get random values, from a config alone: give --random-weights.")
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{name} is not installed: pip install {name} (read: {kind.tried}).")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    if not all((root / mark).is_file() for mark in kind.marks):
+        raise ConfigError(
+            f"{name} {installed(name)} does not know Gemma 4: pip install --upgrade {name} "
+            f"(read: {kind.tried})."
         )
-        with torch.device(device):
-            model = model_class._from_config(parsed, attn_implementation="sdpa", dtype=dtype).eval()
-        plan = setup.files().plan
-        self.has_experts = any(layer.experts is not None for layer in plan.text.layers)
-        if self.has_experts:
-            model.set_experts_implementation("grouped_mm")
-        values = model.state_dict()
-        for name in tensor_shapes(plan):
-            draw(values[name], name, setup.seed)
-        model.generation_config.eos_token_id = None
-        self.model, self.device = model, device
-        self.longest = plan.text.max_positions
-        self.clock = _Clock(device)
-
-    def facts(self) -> dict[str, Any]:
-        import transformers
-
-        return {
-            "version": transformers.__version__,
-            "attention": "sdpa",
-            "experts": "grouped_mm" if self.has_experts else None,
-        }
-
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[ChatPrompt], new_tokens: int) -> Trace:
-        """Prompts of one length, in one batch."""
-        ids = torch.tensor([prompt.prompt.token_ids for prompt in prompts], device=self.device)
-        self.clock.ticks.clear()
-        began = time.perf_counter()
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            stopping_criteria=[self.clock],
-        )
-        answers = out[:, ids.shape[1] :].tolist()
-        wall = time.perf_counter() - began
-        ticks = self.clock.ticks
-        return Trace(
-            wall_s=wall,
-            first_token_s=[ticks[0] - began] * len(prompts),
-            step_s=[later - earlier for earlier, later in pairwise(ticks)],
-            most_running=len(prompts),
-            answers=answers,
-        )
+    return known
 
 
-class _Clock:
-    """Stands among the stopping criteria, is asked after every token, and never stops anything."""
+def divide(setup: Setup, device: torch.device, dtype: torch.dtype) -> Share | None:
+    """How our engine and another one share the device; None if they do not fit on it together."""
+    if device.type != "cuda":
+        return Share(setup.config.kv_bytes, 0)
+    if setup.versus:
+        return None  # several of ours divide it already
+    free, total = torch.cuda.mem_get_info(device)
+    weights = weight_bytes(setup.files().plan, dtype.itemsize)
+    usable = free - (1 - setup.config.gpu_memory_utilization) * total
+    each = int(usable) // 2
+    kv_bytes = each - weights - BESIDE_KV_BYTES
+    if setup.config.kv_bytes is not None:
+        kv_bytes = min(kv_bytes, setup.config.kv_bytes)
+    least = min(LEAST_KV_BYTES, setup.config.kv_bytes or LEAST_KV_BYTES)
+    return Share(kv_bytes, each) if kv_bytes >= least else None
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.ticks: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.ticks.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+def start_peer(
+    name: PeerName,
+    setup: Setup,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    share: Share | None,
+    pictures: bool,
+) -> Peer:
+    """share: None for all of the device. pictures: whether its prompts have any. Raises GemcutError with what
+    the other engine said if it does not start."""
+    from gemcut.bench.sglang_peer import SGLang
+    from gemcut.bench.transformers_peer import Transformers
+    from gemcut.bench.vllm_peer import VLLM
+
+    kinds: dict[str, Any] = {"transformers": Transformers, "vllm": VLLM, "sglang": SGLang}
+    try:
+        return kinds[name](setup, device, dtype, share=share, pictures=pictures)
+    except GemcutError:
+        raise
+    except Exception as error:
+        raise GemcutError(
+            f"{name} {installed(name)} did not start: {type(error).__name__}: {error}. "
+            f"What is known to fit is {KINDS[name].tried}."
+        ) from error
+
+
+def installed(name: str) -> str:
+    """The version of a package, for people."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of an unknown version"

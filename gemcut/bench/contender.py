@@ -43,7 +43,8 @@ class Trace:
     """What one run took, in seconds.
 
     first_token_s: from the start to each prompt's first token. step_s: of the steps that gave every prompt
-    one more token. most_running: sequences that ran at once. answers: the ids that came, by prompt.
+    one more token. Both are empty for an engine whose steps are not seen. most_running: sequences that ran at
+    once. answers: the ids that came, by prompt.
     """
 
     wall_s: float = 0.0
@@ -65,6 +66,11 @@ class Contender(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What it really ran with, for records."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and answer."""
         ...
 
 
@@ -94,7 +100,6 @@ class Gemcut:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, prompt and answer."""
         return self.engine.scheduler.limits.longest
 
     def facts(self) -> dict[str, Any]:
@@ -252,12 +257,13 @@ class Setup:
         plan = parse_config(config, allow_unknown=self.config.allow_unknown_config)
         return files_without_weights(plan, config.get("dtype"))
 
-    def start(self) -> list[Gemcut]:
-        """The engines, on one set of weights; several divide the memory for KV among them."""
+    def start(self, kv_bytes: int | None = None) -> list[Gemcut]:
+        """The engines, on one set of weights; several divide the memory for KV among them. kv_bytes: of
+        each, if somebody else divided it."""
         files = self.files()
         weights = None if self.random_weights is None else RandomWeights(self.seed)
         (name, settings), *others = (self.versus or {"gemcut": {}}).items()
-        config = replace(self.config, kv_bytes=self._kv_bytes(files))
+        config = replace(self.config, kv_bytes=kv_bytes or self._kv_bytes(files))
         first = Gemcut(name, replace(config, **settings), files, weights)
         return [first, *(first.sibling(name, **settings) for name, settings in others)]
 
@@ -305,6 +311,11 @@ def release(contenders: list[Gemcut]) -> None:
     for contender in contenders:
         contender.engine.close()
     contenders.clear()
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """To the device, of what nobody holds any more."""
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -23,9 +23,9 @@ class Row:
     """Milliseconds a step.
 
     slope: (wall of all tokens - wall of one) / (tokens - 1), of medians. step: steps that gave every sequence
-    a token. device: on the GPU when it need not wait for the host. experts: distinct ones that a layer
-    touched in a step, counted on the first contender's answers; the floor is made with them. share: floor /
-    step.
+    a token; None for an engine whose steps are not seen. device: on the GPU when it need not wait for the
+    host. experts: distinct ones that a layer touched in a step, counted on our first contender's answers; the
+    floor is made with them. share: floor / step, or floor / slope.
     """
 
     batch: int
@@ -34,7 +34,7 @@ class Row:
     new_tokens: int
     floor: float
     slope: float
-    step: Times
+    step: Times | None
     device: Times | None
     experts: float | None
     share: float
@@ -86,9 +86,11 @@ def measure(
                 for some in (firsts[contender.name], traces)
             )
             steps = [1e3 * seconds for trace in traces for seconds in trace.step_s]
-            if not steps:
+            if not steps and isinstance(contender, Gemcut):
                 note(f"{contender.name}: {new_tokens} tokens are too few for a batch of {batch}")
                 continue
+            slope = (whole - first) / (new_tokens - 1)
+            step = Times.of(steps) if steps else None
             rows.append(
                 Row(
                     batch=batch,
@@ -96,11 +98,11 @@ def measure(
                     cached=cached,
                     new_tokens=new_tokens,
                     floor=floor,
-                    slope=(whole - first) / (new_tokens - 1),
-                    step=Times.of(steps),
+                    slope=slope,
+                    step=step,
                     device=_device(contender, prompts),
                     experts=counted,
-                    share=floor / Times.of(steps).median,
+                    share=floor / (slope if step is None else step.median),
                 )
             )
     counter.close()
@@ -126,11 +128,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> Table:
             str(r["batch"]),
             r["engine"],
             ms(r["floor"]),
-            *(ms(r["step"][key]) for key in ("median", "p20", "p80")),
+            *(ms(r["step"] and r["step"][key]) for key in ("median", "p20", "p80")),
             ms(r["slope"]),
             ms(r["device"] and r["device"]["median"]),
             "-" if r["experts"] is None else f"{r['experts']:.1f}",
-            f"{r['batch'] / r['step']['median'] * 1e3:,.0f}",
+            f"{r['batch'] / (r['step']['median'] if r['step'] else r['slope']) * 1e3:,.0f}",
             percent(r["share"]),
         )
         for r in results

@@ -18,7 +18,7 @@ import torch
 
 from gemcut.bench.timing import Ceilings
 
-PACKAGES = ("torch", "triton", "transformers", "vllm")
+PACKAGES = ("torch", "triton", "transformers", "vllm", "sglang")
 
 
 class Table(NamedTuple):

@@ -18,11 +18,16 @@ from gemcut.errors import ConfigError
 
 BEGIN, END = "<!-- bench tables: gemcut bench report -->", "<!-- end of bench tables -->"
 # in the README, in this order; a profile is for those who optimise, kernels are too many
+OTHERS = ("", "-transformers", "-vllm", "-sglang")
 IN_README = (
-    *("prefill", "prefill-transformers", "decode", "decode-transformers", "vision", "batch", "startup"),
-    *("prefill-compare", "decode-compare"),
+    *(f"{subject}{other}" for subject in ("prefill", "decode", "vision", "batch") for other in OTHERS),
+    "startup",
+    *(
+        f"{subject}{other}-compare"
+        for subject in ("prefill", "decode", "vision", "batch")
+        for other in OTHERS
+    ),
 )
-TITLES = {"prefill": "Prefill", "decode": "Decode", "batch": "Offline batch"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.bench import batch, decode, memory, prefill, profile, vision
-from gemcut.bench.against import Transformers
-from gemcut.bench.contender import Gemcut, Setup, release
+from gemcut.bench.against import KINDS, Peer, PeerName, divide, start_peer
+from gemcut.bench.contender import Contender, Setup, release
 from gemcut.bench.profile import Kind
 from gemcut.bench.records import Record, Table, device_name
 from gemcut.bench.roofline import Roofline
 from gemcut.bench.timing import measure_ceilings
-from gemcut.runner.start import choose_device
+from gemcut.runner.start import choose_device, choose_dtype
 
-AGAINST = ("prefill", "decode")  # subjects that a peer can be measured by
-PEER_BATCH = 32  # its largest by default: a step takes a tenth of a second, and padded KV much memory
+TRANSFORMERS_BATCH = 32  # its largest by default: a step takes a tenth of a second, and padded KV much memory
 PREFILLS, DECODES = (256, 8192), (1, 64)  # steps that are profiled
 
 
@@ -39,22 +38,36 @@ class Sizes:
 
 
 class Session:
-    """`tell` is given lines for whoever waits. peer: the other side, once it has taken the engines' place."""
+    """`tell` is given lines for whoever waits. against: another engine; `pictures`, whether it is asked about
+    any. It is there from the beginning if both fit on the device, and takes our place in `change_sides`
+    otherwise.
+    """
 
     def __init__(
-        self, setup: Setup, *, command: str, records: Path | None, tell: Callable[[str], None]
+        self,
+        setup: Setup,
+        *,
+        command: str,
+        records: Path | None,
+        tell: Callable[[str], None],
+        against: PeerName | None = None,
+        pictures: bool = False,
     ) -> None:
         self.setup, self.command, self.records, self.tell = setup, command, records, tell
+        self.against: PeerName | None = against
+        self.pictures = pictures
         self.device, _ = choose_device(setup.config.device)
         # before the engine takes the memory that a fair copy needs
         self.ceilings = measure_ceilings(self.device)
         tell(f"{device_name(self.device)}: {self.ceilings}")
-        self.peer: Transformers | None = None
+        self.peer: Peer | None = None
         self.experts: dict[int, float | None] = {}  # by batch, as far as they were counted
-        self.contenders = setup.start()
-        self.dtype = self.contenders[0].dtype
-        first = self.contenders[0]
-        self.roofline = Roofline(first.plan, self.ceilings, first.dtype.itemsize)
+        files = setup.files()
+        self.dtype, _ = choose_dtype(setup.config.dtype, files.dtype, self.device)
+        self.image_tokens = files.image_tokens
+        share = None if against is None else divide(setup, self.device, self.dtype)
+        self.contenders = setup.start(None if share is None else share.kv_bytes)
+        self.roofline = Roofline(files.plan, self.ceilings, self.dtype.itemsize)
         for contender in self.contenders:
             used = contender.used
             tell(
@@ -63,16 +76,33 @@ class Session:
             )
             for what, why in used.switched_off:
                 tell(f"{contender.name}: without {what}: {why}")
-
-    def change_sides(self) -> None:
-        """Give the engines up for transformers: both do not fit on one device at full size."""
-        release(self.contenders)
-        self.peer = Transformers(self.setup, self.device, self.dtype)
-        self.tell("transformers, after gemcut, on the same device and the same weights")
+        if against is not None and share is not None:
+            self.peer = start_peer(against, setup, self.device, self.dtype, share=share, pictures=pictures)
 
     @property
-    def sides(self) -> Sequence[Gemcut | Transformers]:
-        return self.contenders if self.peer is None else [self.peer]
+    def together(self) -> bool:
+        """Whether the other engine is measured by turns with ours."""
+        return self.peer is not None and bool(self.contenders)
+
+    def change_sides(self) -> None:
+        """Give our engines up for the other one, which has the device for itself."""
+        assert self.against is not None, "there is another engine to come"
+        release(self.contenders)
+        self.peer = start_peer(
+            self.against, self.setup, self.device, self.dtype, share=None, pictures=self.pictures
+        )
+
+    def close(self) -> None:
+        """End the other engine; ours end with the process."""
+        if self.peer is not None:
+            self.peer.close()
+
+    def sides(self, subject: str) -> list[Contender]:
+        """Who is measured by a subject."""
+        sides: list[Contender] = [*self.contenders]
+        if self.against is not None and self.peer is not None and subject in KINDS[self.against].subjects:
+            sides.append(self.peer)
+        return sides
 
     def run(self, subject: str, sizes: Sizes) -> tuple[Record, list[Table]]:
         """Measure one of `SUBJECTS`, write its record, and return it with its tables."""
@@ -82,35 +112,55 @@ class Session:
             notes.append(text)
             self.tell(text)
 
+        sides = self.sides(subject)
         results = SUBJECTS[subject](self, sizes, note)
+        with_peer = self.peer is not None and self.peer in sides
+        if with_peer:
+            note(self._terms(subject))
         record = Record.of(
             subject,
             self.device,
             self.ceilings,
             results,
             command=self.command,
-            facts=self.setup.facts() | {"engines": {side.name: side.facts() for side in self.sides}},
+            facts=self.setup.facts() | {"engines": {side.name: side.facts() for side in sides}},
             notes=notes,
-            peer="" if self.peer is None else self.peer.name,
+            peer=self.peer.name if self.peer is not None and with_peer else "",
         )
         if self.records is not None:
             self.tell(f"written to {record.write(self.records)}")
         return record, tables(record)
 
+    def _terms(self, subject: str) -> str:
+        """What to know of a comparison with the other engine."""
+        assert self.peer is not None, "there is another engine"
+        terms = [
+            f"{self.peer.name} by turns with gemcut, on one device"
+            if self.together
+            else f"{self.peer.name} alone on the device: both do not fit, gemcut was measured before it"
+        ]
+        if self.peer.name != "transformers":
+            terms.append("random values of its own, so the experts of its steps are not the counted ones")
+        if subject == "vision":
+            terms.append("it prepares the picture in the time measured, gemcut's comes prepared")
+        return "; ".join(terms)
+
     def prefill(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
-        most = min(side.longest for side in self.sides) - 1
+        sides = self.sides("prefill")
+        most = min(side.longest for side in sides) - 1
         tokens = _fitting(sizes.tokens, prefill.TOKENS, most, "tokens", note)
-        compares = len(self.sides) > 1
-        return prefill.measure(self.sides, self.roofline, tokens, sizes.prefill_rounds, launches=compares)
+        compares = len(self.contenders) > 1
+        return prefill.measure(sides, self.roofline, tokens, sizes.prefill_rounds, launches=compares)
 
     def decode(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
-        most = self.setup.config.max_num_seqs if self.peer is None else PEER_BATCH
+        patient = self.peer is None or self.peer.name != "transformers"
+        most = self.setup.config.max_num_seqs if patient else TRANSFORMERS_BATCH
         batches = _fitting(sizes.batches, decode.BATCHES, most, "sequences", note)
         rows = decode.measure(
-            self.sides,
+            self.sides("decode"),
             self.roofline,
             batches,
-            sizes.decode_rounds if self.peer is None else 1,
+            sizes.decode_rounds if patient else 1,
             note=note,
             cached=sizes.cached,
             new_tokens=sizes.new_tokens,
@@ -120,11 +170,12 @@ class Session:
         return rows
 
     def vision(self, sizes: Sizes, _: Callable[[str], None]) -> list[Any]:
-        return vision.measure(self.contenders, self.roofline, sizes.pictures, sizes.vision_rounds)
+        sides, soft = self.sides("vision"), self.image_tokens
+        return vision.measure(sides, self.roofline, sizes.pictures, sizes.vision_rounds, soft)
 
     def batch(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
         return batch.measure(
-            self.contenders,
+            self.sides("batch"),
             self.roofline,
             sizes.batch_rounds,
             note=note,

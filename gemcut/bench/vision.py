@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemcut.bench.contender import Gemcut, by_turns, picture_prompt, random_picture
+from gemcut.bench.contender import Contender, Gemcut, by_turns, picture_prompt, random_picture
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
 from gemcut.bench.timing import Times
@@ -36,27 +36,31 @@ class Row:
 
 
 def measure(
-    contenders: Sequence[Gemcut], roofline: Roofline, pictures: Sequence[int], rounds: int
+    contenders: Sequence[Contender], roofline: Roofline, pictures: Sequence[int], rounds: int, soft: int
 ) -> list[Row]:
-    """Every call has a picture that its engine has not seen: engines keep what they encoded."""
+    """Every call has a picture that its engine has not seen: engines keep what they encoded.
+
+    soft: tokens of a picture. Of other engines the first token alone is measured: their towers are not to be
+    had by themselves. They prepare pictures in that time, ours come prepared.
+    """
     if roofline.plan.vision is None:
         raise ConfigError("This model has no vision tower: it takes text only.")
-    soft = contenders[0].files.image_tokens
+    ours = [contender for contender in contenders if isinstance(contender, Gemcut)]
     rows = []
-    for count in pictures:
+    for count in pictures if ours else ():
 
         def encode(contender: Gemcut, number: int, count: int = count) -> float:
             return encode_new(contender, count, number)
 
-        by_turns(contenders, WARM_UPS, encode)
-        walls = by_turns(contenders, rounds, encode)
+        by_turns(ours, WARM_UPS, encode)
+        walls = by_turns(ours, rounds, encode)
         floor = roofline.tower_ms(count, soft * POOL * POOL)
         rows += [
             _row("encode", count, soft, contender, floor, walls, _encode_on_device(contender, count, soft))
-            for contender in contenders
+            for contender in ours
         ]
 
-    def first_token(contender: Gemcut, number: int) -> float:
+    def first_token(contender: Contender, number: int) -> float:
         prompt = picture_prompt(roofline.plan, [random_picture(soft, number)], TEXT_TOKENS, number)
         return contender.generate([prompt], 1).wall_s * 1e3
 
@@ -64,9 +68,11 @@ def measure(
     walls = by_turns(contenders, rounds, first_token)
     floor = roofline.tower_ms(1, soft * POOL * POOL) + roofline.prefill_ms(soft + 2 + TEXT_TOKENS)
     for contender in contenders:
-        with contender.timed_on_device() as spans:
-            for number in range(DEVICE_ROUNDS):
-                first_token(contender, rounds + WARM_UPS + number)
+        spans: list[float] = []
+        if isinstance(contender, Gemcut):
+            with contender.timed_on_device() as spans:
+                for number in range(DEVICE_ROUNDS):
+                    first_token(contender, rounds + WARM_UPS + number)
         rows.append(_row("first token", 1, soft, contender, floor, walls, spans))
     return rows
 
@@ -75,7 +81,7 @@ def _row(
     what: str,
     pictures: int,
     soft: int,
-    contender: Gemcut,
+    contender: Contender,
     floor: float,
     walls: Mapping[str, Sequence[float]],
     device: Sequence[float],

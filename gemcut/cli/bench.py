@@ -18,6 +18,7 @@ from gemcut.cli import bench_serve, options, terminal
 from gemcut.errors import GemcutError
 
 if TYPE_CHECKING:
+    from gemcut.bench.against import PeerName
     from gemcut.bench.contender import Setup
     from gemcut.bench.profile import Kind
     from gemcut.bench.records import Record, Table
@@ -72,8 +73,12 @@ Cached = Annotated[int, options.flag("--cached", help="Tokens of a prompt.", min
 NewTokens = Annotated[int, options.flag("--new", help="Tokens of an answer.", min=2, panel=MEASURED)]
 Requests = Annotated[int, options.flag("--requests", help="Prompts of the batch.", min=1, panel=MEASURED)]
 Against = Annotated[
-    Literal["transformers"] | None,
-    options.flag("--against", help="Measure this after gemcut, with the same weights.", panel=MEASURED),
+    Literal["transformers", "vllm", "sglang"] | None,
+    options.flag(
+        "--against",
+        help="Measure another engine as well: by turns if both fit on the GPU, else after gemcut.",
+        panel=MEASURED,
+    ),
 ]
 Pictures = Annotated[Any, numbers("--pictures", "Pictures at once, such as 1,4.")]
 
@@ -93,19 +98,26 @@ class Invocation:
         kept = [word for word in words if not (word == "--records" and next(words, None))]
         return shlex.join(["gemcut", *(word for word in kept if not word.startswith("--records="))])
 
-    def run(self, subjects: Sequence[str], sizes: Sizes, against: str | None = None) -> None:
+    def run(self, subjects: Sequence[str], sizes: Sizes, against: PeerName | None = None) -> None:
         """Measure, and print a table for each subject as soon as it is there. One that fails does not keep
         the others from being measured; its error comes at the end."""
         from gemcut.bench.against import check_peer
-        from gemcut.bench.session import AGAINST, Session
+        from gemcut.bench.session import Session
 
-        if against is not None:
-            check_peer(self.setup)
-        session = Session(self.setup, command=self.command, records=self.records, tell=tell)
+        shared = [] if against is None else check_peer(against, self.setup, subjects)
+        session = Session(
+            self.setup,
+            command=self.command,
+            records=self.records,
+            tell=tell,
+            against=against,
+            pictures="vision" in shared,
+        )
         failures = self._measure(session, subjects, sizes)
-        if against is not None:
+        if against is not None and not session.together:
             session.change_sides()
-            failures += self._measure(session, [s for s in subjects if s in AGAINST], sizes)
+            failures += self._measure(session, shared, sizes)
+        session.close()
         if failures:
             raise failures[0]
 
@@ -262,20 +274,24 @@ def batch(
     cached: Cached = 1024,
     new: NewTokens = 128,
     rounds: Rounds = 1,
+    against: Against = None,
 ) -> None:
     """An offline batch: 256 prompts of 1,024 tokens, 128 new tokens each."""
     from gemcut.bench.session import Sizes
 
-    bench.run(["batch"], Sizes(requests=requests, cached=cached, new_tokens=new, batch_rounds=rounds))
+    sizes = Sizes(requests=requests, cached=cached, new_tokens=new, batch_rounds=rounds)
+    bench.run(["batch"], sizes, against)
 
 
 @command
-def vision(bench: Invocation, pictures: Pictures = None, rounds: Rounds = 10) -> None:
+def vision(
+    bench: Invocation, pictures: Pictures = None, rounds: Rounds = 10, against: Against = None
+) -> None:
     """The vision tower, and the first token of a prompt with a picture."""
     from gemcut.bench.session import Sizes
 
     sizes = Sizes(vision_rounds=rounds)
-    bench.run(["vision"], sizes if pictures is None else replace(sizes, pictures=pictures))
+    bench.run(["vision"], sizes if pictures is None else replace(sizes, pictures=pictures), against)
 
 
 @command

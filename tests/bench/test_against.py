@@ -8,8 +8,9 @@ import pytest
 import torch
 from bench_rig import setup, write_config
 
-from gemcut.bench.against import Transformers, check_peer
+from gemcut.bench.against import check_peer
 from gemcut.bench.contender import Gemcut, Setup, text_prompt
+from gemcut.bench.transformers_peer import Transformers
 from gemcut.config import EngineConfig
 from gemcut.errors import ConfigError
 
@@ -39,4 +40,4 @@ def test_a_dense_model(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="--random-weights"):
-        check_peer(Setup(config=EngineConfig()))
+        check_peer("transformers", Setup(config=EngineConfig()), ["prefill"])

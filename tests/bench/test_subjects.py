@@ -84,7 +84,7 @@ def test_batch(moe: Gemcut, roofline: Roofline) -> None:
 
 def test_vision(moe: Gemcut, roofline: Roofline) -> None:
     before = len(moe.runner.soft)
-    rows = vision.measure([moe], roofline, (1, 2), rounds=1)
+    rows = vision.measure([moe], roofline, (1, 2), rounds=1, soft=moe.files.image_tokens)
     assert [(row.what, row.pictures) for row in rows] == [("encode", 1), ("encode", 2), ("first token", 1)]
     assert rows[1].floor > 1.5 * rows[0].floor
     # what was encoded beside the engine is forgotten again; the engine keeps its own, and no first token
