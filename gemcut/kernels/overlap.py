@@ -7,6 +7,10 @@ own first loads. One that is launched with `**overlap(device)` may start earlier
 may touch nothing but the model's parameters, which no kernel writes. Every kernel launched so must call it
 in every program that reads or writes anything else: what came before the previous kernel is known to be over
 only because the previous kernel waited for it.
+
+So a kernel may look at results of the kernel before the previous one without waiting, if the previous kernel
+let it start only after its own wait (`wait_for_previous`, then `start_next`). It reads them past the L1 cache
+(".cg"), where an earlier run's may still lie.
 """
 
 # triton types neither launches nor constants
@@ -37,8 +41,21 @@ def copies_tiles(device: torch.device) -> bool:
 
 
 @triton.jit
-def after_previous(OVERLAP: tl.constexpr):
-    """Let the next kernel start; wait until the previous one is over and its writes can be read."""
+def start_next(OVERLAP: tl.constexpr):
+    """Let the next kernel start once every program has come here."""
     if OVERLAP:
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Wait until the previous kernel is over and its writes can be read."""
+    if OVERLAP:
         cuda.gdc_wait()
+
+
+@triton.jit
+def after_previous(OVERLAP: tl.constexpr):
+    """Let the next kernel start; wait until the previous one is over and its writes can be read."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)

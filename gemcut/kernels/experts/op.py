@@ -43,6 +43,7 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Second expert product. m: [T * K, I] in the order of `routing.order`; down: [E, H, I].
 
+    routing is what `grouped_glu`, the call before this one, was given: on a GPU it is read before m is there.
     Returns t [T, K, H]: every token's expert outputs, in slot order.
     """
     check_activation("grouped_linear", "m", m, 2)

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.glu.triton import gelu_tanh
-from gemcut.kernels.overlap import after_previous, copies_tiles, overlap
+from gemcut.kernels.overlap import after_previous, copies_tiles, overlap, start_next, wait_for_previous
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.router.op import Routing
 from gemcut.kernels.tuned import tuned
@@ -110,9 +110,9 @@ def _launch_pairs(
     pairs, top_k = routing.order.shape[0], routing.experts.shape[1]
     experts, _, inputs = weight.shape
     width = out.shape[1]
-    # 8 rows of weights with long sums, 16 with short ones: 16 KB and 8 KB a step
-    block_k = min(1024 if inputs >= 2048 else 256, triton.next_power_of_2(inputs))
-    block_n = 4 if glu else 8 if inputs >= 2048 else 16
+    # a program holds its weights in registers, some 45 KB in two loads of the experts in use
+    weight_rows, block_k, warps = (8, 1024, 4) if inputs >= 2048 else (32, 128, 8)
+    block_n = weight_rows // 2 if glu else weight_rows
     _by_pair[(pairs * triton.cdiv(width, block_n),)](
         x,
         weight,
@@ -127,8 +127,8 @@ def _launch_pairs(
         INPUTS=inputs,
         TOP_K=top_k,
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
+        BLOCK_K=min(block_k, triton.next_power_of_2(inputs)),
+        num_warps=warps,
         **overlap(x.device),
     )
 
@@ -239,21 +239,30 @@ def _copied_glu(
 
 
 @triton.jit
-def _row_product(x_ptr, weight_ptr, outputs, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[outputs] fp32: one row of x times these rows of one expert's weight."""
+def _weight_rows(weight_ptr, outputs, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """These rows of one expert's weight, all under way at once: a tuple of [outputs, BLOCK_K]."""
     k = tl.arange(0, BLOCK_K)
     weight_at = weight_ptr + outputs[:, None] * INPUTS + k[None, :]
-    acc = tl.zeros([outputs.shape[0], BLOCK_K], tl.float32)
+    pieces = ()
     for start in tl.static_range(0, INPUTS, BLOCK_K):
-        inside = k < INPUTS - start
         if INPUTS - start >= BLOCK_K:
-            weight = tl.load(weight_at + start, eviction_policy="evict_first")
+            piece = tl.load(weight_at + start, eviction_policy="evict_first")
         else:
-            weight = tl.load(
-                weight_at + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first"
-            )
-        x = tl.load(x_ptr + start + k, mask=inside, other=0.0)
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+            inside = (k < INPUTS - start)[None, :]
+            piece = tl.load(weight_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+        pieces += (piece,)
+    return pieces
+
+
+@triton.jit
+def _row_product(x_ptr, pieces, INPUTS: tl.constexpr):
+    """[outputs] fp32: one row of x times what `_weight_rows` returned."""
+    BLOCK_K: tl.constexpr = pieces[0].shape[1]
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros(pieces[0].shape, tl.float32)
+    for i in tl.static_range(len(pieces)):
+        x = tl.load(x_ptr + i * BLOCK_K + k, mask=k < INPUTS - i * BLOCK_K, other=0.0)
+        acc += pieces[i].to(tl.float32) * x.to(tl.float32)[None, :]
     return tl.sum(acc, 1)
 
 
@@ -275,27 +284,39 @@ def _by_pair(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """BLOCK_N columns of one pair's product; with GLU their gates and ups."""
+    """BLOCK_N columns of one pair's product; with GLU their gates and ups.
+
+    Gate and up let the next kernel start only after the router. So down, which follows them, may look up its
+    expert and ask for weights before it waits for them.
+    """
     STRIPS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    after_previous(OVERLAP)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if GLU:
+        wait_for_previous(OVERLAP)
+    start_next(OVERLAP)
     place = tl.program_id(0) // STRIPS
     columns = tl.program_id(0) % STRIPS * BLOCK_N + tl.arange(0, BLOCK_N)
-    pair = tl.load(order_ptr + place)
-    expert = tl.load(experts_ptr + pair)
-    if place >= tl.load(offsets_ptr + experts):  # the pairs of padding
-        return
+    pair = tl.load(order_ptr + place, cache_modifier=".cg")
+    expert = tl.load(experts_ptr + pair, cache_modifier=".cg")
+    pairs = tl.load(offsets_ptr + experts, cache_modifier=".cg")  # behind these come the pairs of padding
     outputs = tl.minimum(columns, WIDTH - 1)
     if GLU:
+        if place >= pairs:
+            return
         weight_at = weight_ptr + expert * (2 * WIDTH * INPUTS)
+        gates = _weight_rows(weight_at, outputs, INPUTS, BLOCK_K)
+        ups = _weight_rows(weight_at + WIDTH * INPUTS, outputs, INPUTS, BLOCK_K)
         x_at = x_ptr + pair // TOP_K * INPUTS
-        gate = rounded(_row_product(x_at, weight_at, outputs, INPUTS, BLOCK_K), dtype, ROUND)
-        up = rounded(_row_product(x_at, weight_at + WIDTH * INPUTS, outputs, INPUTS, BLOCK_K), dtype, ROUND)
+        gate = rounded(_row_product(x_at, gates, INPUTS), dtype, ROUND)
+        up = rounded(_row_product(x_at, ups, INPUTS), dtype, ROUND)
         result = rounded(gelu_tanh(gate), dtype, ROUND) * up
         at = out_ptr + place * WIDTH + columns
     else:
-        weight_at = weight_ptr + expert * (WIDTH * INPUTS)
-        result = _row_product(x_ptr + place * INPUTS, weight_at, outputs, INPUTS, BLOCK_K)
+        weights = _weight_rows(weight_ptr + expert * (WIDTH * INPUTS), outputs, INPUTS, BLOCK_K)
+        wait_for_previous(OVERLAP)
+        if place >= pairs:
+            return
+        result = _row_product(x_ptr + place * INPUTS, weights, INPUTS)
         at = out_ptr + pair * WIDTH + columns
     tl.store(at, result.to(dtype), mask=columns < WIDTH)
 
