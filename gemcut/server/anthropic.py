@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gemcut.engine.loop import Job
@@ -18,6 +17,7 @@ from gemcut.server.protocol import MAX_MESSAGES, MAX_TOOLS, Strict, check_stops
 from gemcut.server.stream import named_event
 from gemcut.server.tool_choice import ToolChoice, form_of
 
+_PING = named_event("ping", {"type": "ping"})
 ERROR = {"type": "text", "text": "Error: "}
 
 
@@ -295,6 +295,7 @@ class MessageWriter:
     def __init__(self, answerer: Answerer, request: MessagesRequest, job: Job) -> None:
         self._files, self._job, self._model = answerer.files, job, request.model
         self._id = f"msg_{secrets.token_hex(12)}"
+        self._is_started = False
         self._index = -1  # of the open content block
         self._kind: str | None = None  # and what it holds
 
@@ -310,22 +311,20 @@ class MessageWriter:
         content += [_tool_use(call) for call in answer.tool_calls]
         return encode(self._message(content, usage_of(output)) | stop_of(self._files, self._job, answer))
 
-    async def events(
-        self, news: AsyncGenerator[tuple[list[Delta], RequestOutput | None], None]
-    ) -> AsyncGenerator[bytes, None]:
-        """The events of an answer that is. Raises what cut it off; then no message_stop was sent."""
-        started = False
-        async with aclosing(news):
-            async for deltas, output in news:
-                pieces = [] if started else [self._start()]
-                started = True
-                if output is not None:
-                    check_complete(output)
-                for delta in deltas:
-                    pieces += self._news(delta)
-                if output is not None:
-                    pieces += self._end(output)
-                yield b"".join(pieces) or named_event("ping", {"type": "ping"})
+    def events(self, deltas: Sequence[Delta], output: RequestOutput | None) -> bytes:
+        """The events of an answer that is: of its latest news, the output with the last. Nothing for tokens
+        without text. Raises what cut the answer off."""
+        if output is not None:
+            check_complete(output)
+        elif not deltas and self._is_started:
+            return _PING
+        pieces = [] if self._is_started else [self._start()]
+        self._is_started = True
+        for delta in deltas:
+            pieces += self._news(delta)
+        if output is not None:
+            pieces += self._end(output)
+        return b"".join(pieces)
 
     def _start(self) -> bytes:
         usage = {"input_tokens": len(self._job.prompt.prompt), "output_tokens": 0}

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import gemcut
-from gemcut.engine.loop import Job
 from gemcut.errors import GemcutError, InvalidRequest, NotFound
 from gemcut.outputs import RequestOutput
 from gemcut.sampling import SamplingParams
@@ -282,8 +281,8 @@ class App:
         job = await chat.chat_job(self.answerer, request, salt)
         writer = chat.ChatWriter(self.answerer, request, job)
         if request.stream:
-            note = self._noting(exchange, [job])
-            await send_events(exchange, writer.chunks(note(self.answerer.stream(job))))
+            exchange.record.fields |= {"streamed": True, "jobs": 1}
+            await send_events(exchange, self.answerer.stream(job), writer.events)
         else:
             output = await self.answerer.whole(job)
             note_output(exchange, output)
@@ -297,8 +296,8 @@ class App:
         jobs = await completions.completion_jobs(self.answerer, request, salt)
         writer = completions.CompletionWriter(self.answerer, request, jobs)
         if request.stream:
-            note = self._noting(exchange, jobs)
-            await send_events(exchange, writer.chunks(note(completions.all_streams(self.answerer, jobs))))
+            exchange.record.fields |= {"streamed": True, "jobs": len(jobs)}
+            await send_events(exchange, completions.all_streams(self.answerer, jobs), writer.events)
         else:
             outputs = await completions.all_whole(self.answerer, jobs)
             for output in outputs:
@@ -325,8 +324,8 @@ class App:
         writer = ResponseWriter(self.answerer, request, job)
         if request.stream:
             exchange.broken = writer.failed
-            note = self._noting(exchange, [job])
-            await send_events(exchange, writer.events(note(self.answerer.stream(job))))
+            exchange.record.fields |= {"streamed": True, "jobs": 1}
+            await send_events(exchange, self.answerer.stream(job), writer.events)
         else:
             output = await self.answerer.whole(job)
             note_output(exchange, output)
@@ -341,8 +340,8 @@ class App:
         writer = anthropic.MessageWriter(self.answerer, request, job)
         if request.stream:
             exchange.broken = lambda error: named_event("error", anthropic_error(error))
-            note = self._noting(exchange, [job])
-            await send_events(exchange, writer.events(note(self.answerer.stream(job))))
+            exchange.record.fields |= {"streamed": True, "jobs": 1}
+            await send_events(exchange, self.answerer.stream(job), writer.events)
         else:
             output = await self.answerer.whole(job)
             note_output(exchange, output)
@@ -354,22 +353,6 @@ class App:
         self._check_model(request.model)
         prompt = await anthropic.prompt_of(self.answerer, request)
         await exchange.json({"input_tokens": len(prompt.prompt)})
-
-    def _noting(
-        self, exchange: Exchange, jobs: list[Job]
-    ) -> Callable[[AsyncGenerator[Any, None]], AsyncGenerator[Any, None]]:
-        """Puts figures into the record as news pass; they end with the output."""
-        exchange.record.fields["streamed"] = True
-        exchange.record.fields["jobs"] = len(jobs)
-
-        async def note(news: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-            async with contextlib.aclosing(news):
-                async for latest in news:
-                    if latest[-1] is not None:
-                        note_output(exchange, latest[-1])
-                    yield latest
-
-        return note
 
     # ---- tokens
 
@@ -426,13 +409,19 @@ async def race(exchange: Exchange, work: Awaitable[None]) -> None:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def send_events(exchange: Exchange, events: AsyncGenerator[bytes, None]) -> None:
-    """Send a stream. The status is sent with the first news, so that a refusal has its own."""
-    async with contextlib.aclosing(events):
-        async for data in events:
-            if not exchange.has_begun:
-                await exchange.begin_events()
-            await exchange.events(data)
+async def send_events(
+    exchange: Exchange, news: AsyncGenerator[Any, None], write: Callable[..., bytes]
+) -> None:
+    """Send a stream: what `write` makes of the news, whose last item is an output or None.
+
+    The status is sent with the first events, so that a refusal has its own.
+    """
+    async with contextlib.aclosing(news):
+        async for latest in news:
+            if latest[-1] is not None:
+                note_output(exchange, latest[-1])
+            if data := write(*latest):
+                await exchange.events(data)
     await exchange.end_events()
 
 

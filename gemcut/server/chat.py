@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemcut.data import TokenLogprobs
@@ -81,6 +80,7 @@ class ChatWriter:
             "created": int(time.time()),
             "model": request.model or answerer.config.served_model_names[0],
         }
+        self._chunks = Chunks(self._head, usage_null=self._wants_usage)
         self._begun: set[int] = set()
         self._num_calls: dict[int, int] = {}
 
@@ -104,42 +104,29 @@ class ChatWriter:
             payload["prompt_logprobs"] = prompt_logprobs(self._files, output)
         return encode(payload)
 
-    async def chunks(
-        self, news: AsyncGenerator[tuple[list[Delta], RequestOutput | None], None]
-    ) -> AsyncGenerator[bytes, None]:
-        """Events of an answer that is. Raises what cut it off; then no [DONE] was sent."""
-        chunks = Chunks(self._head, usage_null=self._wants_usage)
-        async with aclosing(news):
-            async for deltas, output in news:
-                if output is not None:
-                    check_complete(output)
-                choices = [] if output is None else self._malformed(output)
-                choices += [choice for delta in merged(deltas) for choice in self._choices(delta)]
-                pieces = [chunks.choice(choice) for choice in choices]
-                if output is not None:
-                    if self._wants_usage:
-                        pieces.append(chunks.usage(usage(self._files, self._job, output)))
-                    pieces.append(DONE)
-                # tokens without text (half a character, a control) are no news
-                if pieces or not deltas:
-                    yield b"".join(pieces) or PING
+    def events(self, deltas: Sequence[Delta], output: RequestOutput | None) -> bytes:
+        """Events of an answer that is: of its latest news, the output with the last. Nothing for tokens
+        without text (half a character, a control). Raises what cut the answer off."""
+        if output is None:
+            return b"".join([self._event(delta) for delta in merged(deltas)]) if deltas else PING
+        check_complete(output)
+        pieces = [self._malformed(answer) for answer in output.outputs if answer.malformed_calls]
+        pieces += [self._event(delta) for delta in merged(deltas)]
+        if self._wants_usage:
+            pieces.append(self._chunks.usage(usage(self._files, self._job, output)))
+        return b"".join([*pieces, DONE])
 
-    def _malformed(self, output: RequestOutput) -> list[dict[str, Any]]:
+    def _malformed(self, answer: CompletionOutput) -> bytes:
         """What the model wrote as calls and nobody can read: it is not lost."""
-        return [
-            {
-                "index": answer.index,
-                "delta": {"malformed_tool_calls": answer.malformed_calls},
-                "logprobs": None,
-                "finish_reason": None,
-            }
-            for answer in output.outputs
-            if answer.malformed_calls
-        ]
+        delta = {"malformed_tool_calls": answer.malformed_calls}
+        choice = {"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._chunks.choice(choice)
 
-    def _choices(self, delta: Delta) -> list[dict[str, Any]]:
+    def _event(self, delta: Delta) -> bytes:
         if delta.finish_reason not in (None, "stop", "length", "tool_calls"):
-            return []  # `check_complete` raises on it
+            return b""  # `check_complete` raises on it
+        if self._is_text(delta):
+            return self._chunks.text(delta.index, delta.text)
         body: dict[str, Any] = {}
         if delta.index not in self._begun:
             body["role"] = "assistant"
@@ -159,7 +146,7 @@ class ChatWriter:
             and not body.get("content")
             and not (delta.finish_reason or ids or delta.logprobs)
         ):
-            return []
+            return b""
         self._begun.add(delta.index)
         choice: dict[str, Any] = {
             "index": delta.index,
@@ -169,7 +156,16 @@ class ChatWriter:
         }
         if ids:
             choice["token_ids"] = delta.token_ids
-        return [choice]
+        return self._chunks.choice(choice)
+
+    def _is_text(self, delta: Delta) -> bool:
+        """There is nothing but more text, as in most deltas."""
+        return (
+            delta.text != ""
+            and delta.index in self._begun
+            and not (delta.reasoning or delta.tool_calls or delta.finish_reason or delta.logprobs)
+            and not self._request.return_token_ids
+        )
 
     def _message(self, answer: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {

@@ -100,6 +100,8 @@ class CompletionWriter:
             "created": int(time.time()),
             "model": request.model or answerer.config.served_model_names[0],
         }
+        self._chunks = Chunks(self._head, usage_null=self._wants_usage)
+        self._outputs: list[RequestOutput] = []  # of the jobs of a stream that have ended
         self._offsets: dict[int, int] = {}
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
@@ -116,29 +118,27 @@ class CompletionWriter:
                 choices.append(choice)
         return encode(self._head | {"choices": choices, "usage": self._usage(outputs)})
 
-    async def chunks(self, news: AsyncGenerator[News, None]) -> AsyncGenerator[bytes, None]:
-        """Events of an answer that is. Raises what cut it off; then no [DONE] was sent."""
-        chunks = Chunks(self._head, usage_null=self._wants_usage)
-        outputs: list[RequestOutput] = []
-        async with aclosing(news):
-            async for number, deltas, output in news:
-                if output is not None:
-                    check_complete(output)
-                    outputs.append(output)
-                pieces = [
-                    chunks.choice(
-                        self._choice(number, delta.index, delta.text, delta.token_ids, delta.logprobs)
-                        | {"finish_reason": delta.finish_reason}
-                    )
-                    for delta in merged(deltas)
-                    if delta.text or delta.finish_reason or delta.logprobs or self._request.return_token_ids
-                ]
-                if len(outputs) == len(self._jobs):
-                    if self._wants_usage:
-                        pieces.append(chunks.usage(self._usage(outputs)))
-                    pieces.append(DONE)
-                if pieces or not deltas:
-                    yield b"".join(pieces) or PING
+    def events(self, number: int, deltas: Sequence[Delta], output: RequestOutput | None) -> bytes:
+        """Events of an answer that is: of the latest news of one job. Nothing for tokens without text. Raises
+        what cut the answer off."""
+        if output is not None:
+            check_complete(output)
+            self._outputs.append(output)
+        elif not deltas:
+            return PING
+        pieces = [
+            self._chunks.choice(
+                self._choice(number, delta.index, delta.text, delta.token_ids, delta.logprobs)
+                | {"finish_reason": delta.finish_reason}
+            )
+            for delta in merged(deltas)
+            if delta.text or delta.finish_reason or delta.logprobs or self._request.return_token_ids
+        ]
+        if len(self._outputs) == len(self._jobs):
+            if self._wants_usage:
+                pieces.append(self._chunks.usage(self._usage(self._outputs)))
+            pieces.append(DONE)
+        return b"".join(pieces)
 
     def _choice(
         self,

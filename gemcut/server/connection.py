@@ -1,6 +1,8 @@
-"""Connections: the head of a request has a size and a time, or the connection is closed.
+"""Connections: the head of a request has a size and a time, what a client takes has a time, or the connection
+is closed.
 
-uvicorn limits neither, so that a client could hold connections for ever by sending a byte now and then.
+uvicorn limits none of them, so that a client could hold connections for ever by sending a byte now and then,
+or by taking nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ def limited(config: ServerConfig) -> type[HttpToolsProtocol]:
     """uvicorn's protocol within the limits of `config`."""
 
     class Limited(HttpToolsProtocol):
-        """Counts a head's bytes and seconds."""
+        """Counts a head's bytes and seconds, and the seconds that a full buffer waits for its client."""
 
         _timer: asyncio.TimerHandle | None = None
+        _patience: asyncio.TimerHandle | None = None
         _in_head = False
         _head_bytes = 0
 
@@ -29,6 +32,7 @@ def limited(config: ServerConfig) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
+            self._end_patience()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -49,6 +53,19 @@ def limited(config: ServerConfig) -> type[HttpToolsProtocol]:
             if size > config.max_head_bytes:
                 raise ValueError("the head is too large")  # uvicorn answers 400 and closes
             super().on_headers_complete()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._patience = self.loop.call_later(config.send_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._end_patience()
+            super().resume_writing()
+
+        def _end_patience(self) -> None:
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
 
         def _begin_head(self) -> None:
             self._in_head, self._head_bytes = True, 0

@@ -27,7 +27,7 @@ _PLAIN_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class ClientGone(Exception):
-    """The client closed the connection, or takes nothing any more."""
+    """The connection is closed: by the client, or because it takes nothing any more."""
 
 
 @dataclass(slots=True)
@@ -115,18 +115,27 @@ class Exchange:
         self.record.status = status
         length = (b"content-length", str(len(body)).encode())
         head = [(b"content-type", kind), length, *self._common(), *headers]
-        await self._put({"type": "http.response.start", "status": status, "headers": head})
-        await self._put({"type": "http.response.body", "body": b"" if self._is_head else body})
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+        await self._send({"type": "http.response.body", "body": b"" if self._is_head else body})
 
     async def not_modified(self, headers: Headers) -> None:
         """Answer that the client has what there is."""
         self.record.status = 304
         head = [*self._common(), *headers]
-        await self._put({"type": "http.response.start", "status": 304, "headers": head})
-        await self._put({"type": "http.response.body", "body": b""})
+        await self._send({"type": "http.response.start", "status": 304, "headers": head})
+        await self._send({"type": "http.response.body", "body": b""})
 
-    async def begin_events(self) -> None:
-        """Begin a stream of server-sent events."""
+    async def events(self, data: bytes) -> None:
+        """Send events; the first ones begin the stream."""
+        if not self.has_begun:
+            await self._begin_events()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_events(self) -> None:
+        """End the stream."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _begin_events(self) -> None:
         self.record.status = 200
         head = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -134,15 +143,7 @@ class Exchange:
             (b"x-accel-buffering", b"no"),  # nginx would hold the events back
             *self._common(),
         ]
-        await self._put({"type": "http.response.start", "status": 200, "headers": head})
-
-    async def events(self, data: bytes) -> None:
-        """Send events. Raises ClientGone if the client takes nothing for too long."""
-        await self._put({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end_events(self) -> None:
-        """End the stream."""
-        await self._put({"type": "http.response.body", "body": b""})
+        await self._send({"type": "http.response.start", "status": 200, "headers": head})
 
     @property
     def _is_head(self) -> bool:
@@ -151,10 +152,3 @@ class Exchange:
     def _common(self) -> Headers:
         security = (b"x-content-type-options", b"nosniff")
         return [(b"x-request-id", self.record.request_id.encode()), security, *self.extra_headers]
-
-    async def _put(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(self.config.send_s):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientGone from None

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gemcut.config import EngineConfig
 from gemcut.engine.model_files import ModelFiles
@@ -32,6 +33,12 @@ GAVE_UP = 1
 
 class HttpServer(uvicorn.Server):
     """uvicorn without its own signals: ours drain first."""
+
+    def drop_stuck(self) -> None:
+        """Close the connections whose clients take nothing; uvicorn would wait for them."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HttpToolsProtocol) and connection.flow.write_paused:
+                connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -99,6 +106,7 @@ async def _serve(app: App, listener: socket.socket) -> int:
         log.info("draining", extra={"fields": {"requests": door.num_inside, "status": status}})
         await _drain(door, hurry, 0.0 if status else config.drain_s)
         await client.close()  # what is still open gets an error event
+        server.drop_stuck()
         server.should_exit = True
         await serving
         return status

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -45,28 +44,20 @@ class ResponseWriter:
         _, response = self._end(output)
         return encode(response)
 
-    async def events(
-        self, news: AsyncGenerator[tuple[list[Delta], RequestOutput | None], None]
-    ) -> AsyncGenerator[bytes, None]:
-        """The events of a response that is. Raises what cut it off; `failed` then writes the last event."""
-        async with aclosing(news):
-            async for deltas, output in news:
-                pieces = []
-                if self._number == 0:
-                    response = self._response("in_progress")
-                    pieces += [
-                        self._event(f"response.{name}", response=response)
-                        for name in ("created", "in_progress")
-                    ]
-                if output is not None:
-                    check_complete(output)
-                for delta in deltas:
-                    pieces += self._take(delta)
-                if output is not None:
-                    last, response = self._end(output)
-                    pieces += [*last, self._event(f"response.{response['status']}", response=response)]
-                if pieces or not deltas:  # tokens without text are no news
-                    yield b"".join(pieces) or PING
+    def events(self, deltas: Sequence[Delta], output: RequestOutput | None) -> bytes:
+        """The events of a response that is: of its latest news, the output with the last. Nothing for tokens
+        without text. Raises what cut the response off; `failed` then writes the last event."""
+        pieces = self._start() if self._number == 0 else []
+        if output is not None:
+            check_complete(output)
+        elif not deltas:
+            return b"".join(pieces) or PING
+        for delta in deltas:
+            pieces += self._take(delta)
+        if output is not None:
+            last, response = self._end(output)
+            pieces += [*last, self._event(f"response.{response['status']}", response=response)]
+        return b"".join(pieces)
 
     def failed(self, error: BaseException) -> bytes:
         """The last event of a stream that was cut off."""
@@ -76,6 +67,13 @@ class ResponseWriter:
         return self._event("response.failed", response=response)
 
     # ---- items
+
+    def _start(self) -> list[bytes]:
+        response = self._response("in_progress")
+        return [
+            self._event("response.created", response=response),
+            self._event("response.in_progress", response=response),
+        ]
 
     def _take(self, delta: Delta) -> list[bytes]:
         pieces: list[bytes] = []

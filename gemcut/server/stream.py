@@ -31,10 +31,17 @@ class Chunks:
         opened = encode(head)[:-1]
         self._before = b"data: " + opened + b',"choices":['
         self._after = b'],"usage":null}\n\n' if usage_null else b"]}\n\n"
+        before, after = (piece.replace(b"%", b"%%") for piece in (self._before, self._after))
+        choice = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
+        self._text = before + choice + after
 
     def choice(self, choice: Mapping[str, Any]) -> bytes:
         """A chunk with news of one answer."""
         return self._before + encode(choice) + self._after
+
+    def text(self, index: int, text: str) -> bytes:
+        """A chunk of a chat with more text of one answer and nothing else, which most of them are."""
+        return self._text % (index, encode(text))
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:
         """The chunk without an answer, with the usage."""

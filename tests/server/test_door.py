@@ -403,3 +403,26 @@ def test_a_body_that_stops_is_given_up() -> None:
         head, _, body = read_all(connection).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ")
         assert json.loads(body)["error"]["code"] == "body_timeout"
+
+
+# more than the buffers of a connection hold
+BULKY = {"n": 16, "logprobs": True, "top_logprobs": 20}
+
+
+def test_a_client_that_takes_nothing_is_given_up() -> None:
+    """Its answer must not fill the memory, and must not go on for nobody."""
+    with Server.scripted(config={"send_s": 0.3}) as server:
+        connection = server.open_stream("long", **BULKY)
+        until(lambda: server.lines("request"), 20, server.log)
+        assert not read_all(connection).endswith(b"0\r\n\r\n")  # what was on the way, without the end
+        (line,) = server.lines("request")
+        assert line["status"] == 499
+        assert server.chat("hello").status == 200
+
+
+def test_a_client_that_takes_nothing_does_not_keep_the_server() -> None:
+    with Server.scripted(config={"drain_s": 0.0}) as server, server.open_stream("long", **BULKY):
+        time.sleep(3.0)  # until the buffers are full
+        server.signal()
+        assert server.process.wait(4) == 0
+        assert "Traceback" not in server.log()

@@ -54,6 +54,10 @@ def test_figures_agree_with_what_was_asked(scripted: Server) -> None:
     assert grew("request_success_total") == 3
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
         assert grew(f"{name.removesuffix('_seconds')}_seconds_count") == 3, name
+    # one stream, without its first news, which may be more than one token
+    assert 0 < grew("inter_token_latency_seconds_count") < usage["completion_tokens"]
+    assert grew("inter_token_latency_seconds_bucket") >= grew("inter_token_latency_seconds_count")
+    assert 0 < grew("inter_token_latency_seconds_sum") < grew("e2e_request_latency_seconds_sum")
     parts = sum(grew(f"request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode"))
     assert abs(parts - grew("e2e_request_latency_seconds_sum")) < 1e-3
 
