@@ -84,6 +84,14 @@ def eval(
     no_signs: Annotated[
         bool, options.flag("--no-signs", help="Leave the demo's signs out: no fonts are needed.", panel=ASKED)
     ] = False,
+    form: Annotated[
+        str | None,
+        options.flag("--form", help="How mmmu_pro asks: cot, step by step, or direct; cot.", panel=ASKED),
+    ] = None,
+    orders: Annotated[
+        int | None,
+        options.flag("--orders", help="Orders of its options that gpqa asks; 4.", min=1, panel=ASKED),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         options.flag(
@@ -169,7 +177,7 @@ def eval(
     """
     from gemcut.config import EngineConfig
 
-    asked = chosen_task(task, data=data, fonts=fonts, signs=not no_signs, seed=seed)
+    asked = chosen_task(task, data=data, fonts=fonts, signs=not no_signs, seed=seed, form=form, orders=orders)
     if items is None and task == "demo":
         from gemcut.evaluate.demo import ITEMS
 
@@ -237,8 +245,21 @@ def eval(
         raise typer.Exit(1)
 
 
-def chosen_task(name: str, *, data: Path | None, fonts: str | None, signs: bool, seed: int | None) -> Task:
+def chosen_task(
+    name: str,
+    *,
+    data: Path | None,
+    fonts: str | None,
+    signs: bool,
+    seed: int | None,
+    form: str | None,
+    orders: int | None,
+) -> Task:
     """The task of a name, with what was said of its questions."""
+    if orders is not None and name != "gpqa":
+        raise typer.BadParameter("--orders is for gpqa, whose authors shuffle the options.")
+    if form is not None and name != "mmmu_pro":
+        raise typer.BadParameter("--form is for mmmu_pro, whose authors ask in two ways.")
     if name == "demo":
         from gemcut.demo.evaluate import SEED
         from gemcut.evaluate.demo import Demo
@@ -251,7 +272,9 @@ def chosen_task(name: str, *, data: Path | None, fonts: str | None, signs: bool,
     if fonts is not None or not signs:
         raise typer.BadParameter("--fonts and --no-signs are for the demo's questions.")
     found = next(benchmark for benchmark in BENCHMARKS if benchmark.name == name)
-    return replace(found, folder=data)
+    if form is not None and form not in found.forms:
+        raise typer.BadParameter(f"--form {form}: {name} asks by {' or '.join(found.forms)}.")
+    return replace(found, folder=data, form=form or found.form, orders=orders or found.orders)
 
 
 def wish_of(max_tokens: int, temperature: float, seed: int | None, thinking: bool) -> Wish:

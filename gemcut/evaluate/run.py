@@ -88,6 +88,7 @@ def run(
     assert items != 0, "there is nothing to ask"
     began = time.perf_counter()
     wanted = list(islice(task.items(), items))
+    asked = {**asked, **task.choices}
     _check_same(folder, {"task": task.name, **asked})
     held = _held(folder / ANSWERS)
     outcomes = [
@@ -148,20 +149,27 @@ def _outcome(task: Task, item: Item, reply: Reply, seconds: float) -> Outcome:
 def _result(
     task: Task, asked: Mapping[str, Any], outcomes: Sequence[Outcome], errors: Sequence[str], wall_s: float
 ) -> Result:
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(outcome.item.group, []).append(outcome.points)
+        groups.setdefault(outcome.item.group, []).append(outcome)
     return Result(
         task=task.name,
         asked=asked,
-        score=Estimate.of([outcome.points for outcome in outcomes]),
-        groups={name: Estimate.of(groups[name]) for name in sorted(groups)},
+        score=_score(outcomes),
+        groups={name: _score(groups[name]) for name in sorted(groups)},
         guessed=sum(outcome.guessed for outcome in outcomes),
         cut_off=sum(not outcome.reply.complete for outcome in outcomes),
         failed=len(errors),
         errors=list(dict.fromkeys(errors)),
         wall_s=wall_s,
         baselines=baselines(task.name),
+    )
+
+
+def _score(outcomes: Sequence[Outcome]) -> Estimate:
+    return Estimate.of(
+        [outcome.points for outcome in outcomes],
+        [outcome.item.repeats or outcome.item.id for outcome in outcomes],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from gemcut.data import TokenLogprobs
@@ -20,15 +20,20 @@ class Estimate:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """The values are taken as independent draws. There must be one at least."""
+    def of(cls, values: Sequence[float], draws: Sequence[Hashable] | None = None) -> Estimate:
+        """draws: to which independent draw each value belongs, by default to one of its own; values of one
+        draw may depend on each other. There must be one at least."""
         count = len(values)
         assert count, "a mean needs a value"
         mean = math.fsum(values) / count
-        if count == 1:
-            return cls(mean, 0.0, 1)
-        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-        return cls(mean, math.sqrt(variance / count), count)
+        deviations: dict[Hashable, float] = {}
+        for draw, value in zip(range(count) if draws is None else draws, values, strict=True):
+            deviations[draw] = deviations.get(draw, 0.0) + value - mean
+        if len(deviations) == 1:
+            return cls(mean, 0.0, count)
+        squares = math.fsum(deviation**2 for deviation in deviations.values())
+        scale = len(deviations) / (len(deviations) - 1)
+        return cls(mean, math.sqrt(scale * squares) / count, count)
 
 
 @dataclass(frozen=True, slots=True)

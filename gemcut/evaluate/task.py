@@ -13,7 +13,8 @@ class Item:
 
     id: unique in its task, the same in every run. group: the row of the result's table that it counts for.
     messages: as `LLM.chat` takes them. target: what the task scores by, as JSON has it. thinking: whether the
-    model may think first.
+    model may think first. repeats: what several items ask in different words, which makes their scores depend
+    on each other; None for an item by itself.
     """
 
     id: str
@@ -21,6 +22,7 @@ class Item:
     messages: tuple[Mapping[str, Any], ...]
     target: Any
     thinking: bool = False
+    repeats: str | None = None
 
     @property
     def question(self) -> str:
@@ -61,6 +63,11 @@ class Task(Protocol):
 
     @property
     def max_tokens(self) -> int: ...
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """What was chosen about the questions, as JSON has it: answers to others are no answers to these."""
+        ...
 
     def items(self) -> Iterable[Item]:
         """All items, in an order that stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -81,11 +82,29 @@ def test_mmmu_draws_where_nothing_can_be_read() -> None:
 def test_mmmu_pro() -> None:
     standard, vision = benchmark("mmmu_pro").items()
     assert content(standard)[0] == "360x260"
-    assert "\nJ. 67\nAnswer the preceding multiple choice question." in content(standard)[1]
+    assert content(standard)[1].endswith(
+        "\nJ. 67\nAnswer the preceding multiple choice question. The last line of your response should be of "
+        "the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of options. Think step "
+        "by step before answering."
+    )
     assert content(vision)[1].startswith("Write out the multiple-choice question in the image")
     assert [standard.group, vision.group] == ["standard", "vision"]
     assert standard.id != vision.id
     assert points("mmmu_pro", "12 + 7 + 30 + 18\nAnswer: J", "Answer: A") == [1, 0]
+
+
+def test_mmmu_pro_asked_directly() -> None:
+    task = replace(benchmark("mmmu_pro"), form="direct")
+    standard, vision = task.items()
+    assert content(standard)[1].endswith(
+        "\nJ. 67\nAnswer with the option letter from the given choices directly."
+    )
+    assert content(vision)[1] == (
+        "Answer with the option letter from the given choices directly. The last line of your response "
+        "should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of options."
+    )
+    assert task.choices == {"form": "direct"}
+    assert task.mark(standard, Reply(text="J")).points == 1
 
 
 def test_mmlu_pro() -> None:
@@ -113,6 +132,22 @@ def test_gpqa() -> None:
         assert task.mark(item, Reply(text=f"Answer: {right}")).points == 1
         assert task.mark(item, Reply(text=right)).points == 0  # not in the form that was asked for
     assert list(task.items()) == list(task.items())  # the order of the options stays
+
+
+def test_gpqa_asks_in_several_orders() -> None:
+    """All questions, then all again; the orders are drawn as the authors of the form draw them."""
+    task = benchmark("gpqa")
+    items = list(task.items())
+    assert len(items) == 8
+    questions = [item.repeats for item in items]
+    assert questions == questions[:2] * 4
+    rng = random.Random(0)
+    orders = [rng.sample(range(4), 4) for _ in items]
+    assert [item.target["letter"] for item in items] == ["ABCD"[order.index(0)] for order in orders]
+    assert len({content(item)[0] for item in items}) > 2
+    once = list(replace(task, orders=1).items())
+    assert once == items[:2]
+    assert task.choices == {"orders": 4}
 
 
 def test_gsm8k() -> None:

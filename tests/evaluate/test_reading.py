@@ -185,6 +185,15 @@ def test_math_vision_answers(text: str, answer: str) -> None:
         ("x+1", "x+2", False),
         ("1/0", "0", False),
         ("9^9^9^9", "1", False),
+        ("3: 16", "$3: 16$", True),  # a ratio is a quotient, an option is in dollars
+        ("1:4", r"$\frac{1}{4}$", True),
+        (r"8+4\sqrt{3}", r"$8+4 \sqrt{3}$", True),
+        (r"$\displaystyle \frac{3}{4}$", "0.75", True),
+        (r"\frac{7}{32}}.theansweris:\frac{7}{32", "0.22", True),  # a reply that goes on behind its box
+        (r"\frac{3^{1008}-1}{3^{1009}}", "1/3", True),
+        ("10^400", "10^401", False),  # beyond any float
+        ("2^-1", "0.5", True),
+        (r"4\pi(3-2\sqrt{2})", "2.16", True),
         ("__import__('os')", "1", False),
         ("((((", "1", False),
     ],

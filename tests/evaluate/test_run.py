@@ -91,6 +91,14 @@ def test_other_answers_are_not_mixed_with_these(tmp_path: Path) -> None:
         run(mmmu(), always_c, tmp_path, {"model": "other"})
 
 
+def test_answers_to_another_form_are_not_mixed_with_these(tmp_path: Path) -> None:
+    pro = next(each for each in BENCHMARKS if each.name == "mmmu_pro")
+    pro = replace(pro, folder=FIXTURES / "mmmu_pro")
+    assert run(pro, always_c, tmp_path, ASKED).asked["form"] == "cot"
+    with pytest.raises(ConfigError, match="form 'cot', now 'direct'"):
+        run(replace(pro, form="direct"), always_c, tmp_path, ASKED)
+
+
 def test_failed_requests_are_left_out_and_asked_again(tmp_path: Path) -> None:
     def fails_once(item: Item) -> Reply:
         if item.group == "Accounting":

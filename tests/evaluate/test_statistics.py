@@ -59,3 +59,15 @@ def test_a_token_that_the_other_side_holds_impossible_is_far_but_not_endless() -
 def test_percentiles() -> None:
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
     assert [percentile(values, share) for share in (0.0, 0.2, 0.5, 0.99, 1.0)] == [1, 1, 3, 5, 5]
+
+
+def test_values_of_one_draw_count_once() -> None:
+    """Four equal answers to each of two questions tell as much as one to each."""
+    single = Estimate.of([1.0, 0.0])
+    fourfold = Estimate.of([1.0, 0.0] * 4, ["a", "b"] * 4)
+    assert (fourfold.mean, fourfold.error) == (single.mean, single.error)
+    assert fourfold.count == 8
+    assert Estimate.of([1.0, 0.0, 0.0], "abc") == Estimate.of([1.0, 0.0, 0.0])
+    assert Estimate.of([1.0, 0.0], "aa").error == 0.0
+    # by hand: means 1/2 and 1 around 3/4, as two draws
+    assert Estimate.of([1.0, 0.0, 1.0, 1.0], "aabb").error == pytest.approx(0.25)
