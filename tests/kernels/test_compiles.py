@@ -14,6 +14,8 @@ WORDS = (
     "close_layer T=8192 H=2816",
     "close_layer_moe T=64",
     "glu T=64 I=2112",
+    "linear T=8 2816x4096",
+    "linear T=64 8192x2816",
     "prepare_qkv 26B S T=64",
     "prepare_qkv 26B F T=64",
     "route_experts T=64",

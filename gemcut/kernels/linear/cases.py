@@ -1,4 +1,4 @@
-"""The dense product: with cuBLAS as it is, and with the tile shape of deterministic mode."""
+"""The dense product: as it is chosen by shape, and with the tile shape of deterministic mode."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def case(
     )
 
 
+# [N, K] of QKV and o of a sliding and a full layer, of gate/up and down, in 26B-A4B
+LAYERS = ((8192, 2816), (9216, 2816), (2816, 4096), (2816, 8192), (4224, 2816), (2816, 2112))
 CASES = (
     case(1, 48, 64),
     case(37, 40, 24),
@@ -60,17 +62,15 @@ CASES = (
     case(1, 13, 100, operation=op.linear),
     case(1, 21, 2112, operation=op.linear),
     *(
-        case(1, outputs, inputs, full_size=True, operation=op.linear)
-        for outputs, inputs in (
-            (8192, 2816),
-            (9216, 2816),
-            (2816, 4096),
-            (2816, 8192),
-            (4224, 2816),
-            (2816, 2112),
-            (262144, 2816),
-        )
+        case(count, outputs, inputs, full_size=True, operation=op.linear)
+        for outputs, inputs in LAYERS
+        for count in (1, 8, 32, 64)
     ),
+    case(1, 262144, 2816, full_size=True, operation=op.linear),
+    # rows, outputs and inputs that fill no tile
+    case(2, 2816, 2112, full_size=True, operation=op.linear),
+    case(13, 4200, 2824, full_size=True, operation=op.linear),
+    case(43, 8200, 2056, full_size=True, operation=op.linear),
     case(1, 8192, 2816, full_size=True),
     case(64, 8192, 2816, full_size=True),
     case(8192, 8192, 2816, full_size=True),

@@ -13,9 +13,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, backend: Backend) -> torch.
     """x W^T. x: [T, K]; weight: [N, K] of the same dtype. Returns [T, N]."""
     check_activation("linear", "x", x, 2)
     check("linear", "weight", weight, (None, x.shape[1]), x.dtype, x.device)
-    if backend.kernels == "triton" and (backend.deterministic or x.shape[0] == 1):
+    if backend.kernels == "triton":
+        from gemcut.kernels.linear import streamed
         from gemcut.kernels.linear import triton as implementation
 
-        return implementation.linear(x, weight) if backend.deterministic else implementation.single(x, weight)
-    # for more rows than one cuBLAS is as good as it gets
+        if backend.deterministic:
+            return implementation.linear(x, weight)
+        if x.shape[0] == 1:
+            return implementation.single(x, weight)
+        if streamed.streams(x, weight):
+            return streamed.streamed(x, weight)
+    # for many rows cuBLAS is as good as it gets
     return product(x, weight, backend.deterministic)
