@@ -15,7 +15,8 @@ from gemcut.kernels.experts.op import grouped_glu, grouped_linear
 from gemcut.kernels.glu.op import glu
 from gemcut.kernels.linear.op import linear
 from gemcut.kernels.logits.op import block_maxima, logits
-from gemcut.kernels.prepare_qkv.op import prepare_qkv
+from gemcut.kernels.per_layer.op import add_normed, gate_per_layer, per_layer_inputs
+from gemcut.kernels.prepare_qkv.op import prepare_q, prepare_qkv
 from gemcut.kernels.rope.op import rope_table
 from gemcut.kernels.router.op import Routing, route_experts
 from gemcut.kernels.sample.op import sample
@@ -32,18 +33,22 @@ __all__ = [
     "Routing",
     "add_norm",
     "add_norm_moe",
+    "add_normed",
     "add_positions",
     "block_maxima",
     "close_layer",
     "close_layer_moe",
     "embed",
+    "gate_per_layer",
     "glu",
     "grouped_glu",
     "grouped_linear",
     "linear",
     "logits",
     "paged_attention",
+    "per_layer_inputs",
     "pool_patches",
+    "prepare_q",
     "prepare_qkv",
     "prepare_tower_qkv",
     "rope_table",

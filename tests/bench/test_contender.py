@@ -78,7 +78,7 @@ def test_random_prompts_hold_no_control_tokens(moe: Gemcut) -> None:
 
 
 def test_a_size_that_is_not_built_is_refused_with_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="per-layer embeddings"):
+    with pytest.raises(ConfigError, match="clipped linears"):
         start(write_config(tmp_path, "ple"))
 
 

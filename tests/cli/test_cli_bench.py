@@ -108,7 +108,7 @@ def test_mistakes_on_the_command_line(words: tuple[str, ...], says: str) -> None
     ("words", "says"),
     [
         (("memory", "--random-weights", "no-such-folder", "--device", "cpu"), "There is no folder"),
-        (("memory", "--random-weights", "E2B", "--device", "cpu"), "per-layer embeddings"),
+        (("memory", "--random-weights", "E2B", "--device", "cpu"), "clipped linears"),
     ],
 )
 def test_models_that_cannot_be_measured(words: tuple[str, ...], says: str) -> None:

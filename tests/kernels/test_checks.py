@@ -46,6 +46,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "expert_weight": f(H),
         "eps": EPS,
     },
+    "add_normed": lambda: {"x": f(T, H), "d": f(T, H), "post_weight": f(H), "eps": EPS},
     "add_positions": lambda: {
         "x": f(T, H),
         "table": f(2, 9, H),
@@ -82,6 +83,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "next_weight": f(H),
         "eps": EPS,
     },
+    "gate_per_layer": lambda: {"gate": f(T, WIDTH), "inputs": f(T, WIDTH)},
     "glu": lambda: {"gate_up": f(T, 2 * WIDTH)},
     "grouped_glu": lambda: {"h": f(T, H), "gate_up": f(E, 2 * WIDTH, H), "routing": routing()},
     "grouped_linear": lambda: {"m": f(T * K, WIDTH), "down": f(E, H, WIDTH), "routing": routing()},
@@ -97,12 +99,28 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "spans": torch.zeros(T, 2, dtype=torch.int32),
         "window": 3,
     },
+    "per_layer_inputs": lambda: {
+        "projected": f(T, 3 * WIDTH),
+        "token_ids": torch.arange(T),
+        "weight": f(20, 3 * WIDTH),
+        "soft_rows": torch.full((T,), -1),
+        "norm_weight": f(WIDTH),
+        "hidden": H,
+        "pad_id": 0,
+        "eps": EPS,
+    },
     "pool_patches": lambda: {
         "x": f(9, H),
         "cells": torch.arange(9)[None],
         "starts": torch.tensor([0, 9], dtype=torch.int32),
         "std_bias": f(H),
         "std_scale": f(H),
+        "eps": EPS,
+    },
+    "prepare_q": lambda: {
+        "q": f(T, HQ * HEAD),
+        "q_norm": f(HEAD),
+        "rope": f(2, T, HEAD // 2),
         "eps": EPS,
     },
     "prepare_qkv": lambda: {
@@ -166,6 +184,8 @@ FREE = {
     ("pool_patches", "x", 0),
     ("pool_patches", "cells", 0),
     ("pool_patches", "starts", 0),
+    ("per_layer_inputs", "weight", 0),  # more ids than are used
+    ("prepare_q", "rope", 2),
     ("prepare_qkv", "rope", 2),
     ("rope_table", "positions", 0),
     ("route_experts", "r", 0),  # padding rows

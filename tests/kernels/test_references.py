@@ -175,6 +175,36 @@ def test_logits(dtype: torch.dtype) -> None:
     assert_near(kernels.logits(h, weight, softcap=None, backend=TORCH)[0].to(dtype), z, dtype)
 
 
+# ---- per-layer inputs
+
+
+@both_dtypes
+@pytest.mark.parametrize("with_soft", [True, False])
+def test_per_layer_inputs(dtype: torch.dtype, with_soft: bool) -> None:
+    layers, width, pad = 3, 16, 5
+    projected, weight = f(T, layers * width, dtype=dtype, scale=5.0), f(50, layers * width, dtype=dtype)
+    scale = f(width, dtype=dtype, shift=1.0)
+    ids = torch.arange(T)
+    soft_rows = torch.where(ids % 3 == 0, ids, -1) if with_soft else None
+    got = kernels.per_layer_inputs(
+        projected, ids, weight, soft_rows, scale, hidden=H, pad_id=pad, eps=EPS, backend=TORCH
+    )
+    context = stage(projected.double() * H**-0.5, dtype).view(T, layers, width)
+    rows = torch.where(ids % 3 == 0, pad, ids) if with_soft else ids
+    embedded = stage(weight[rows].double() * 4, dtype).view(T, layers, width)
+    want = stage(norm(context, scale, dtype) + embedded, dtype) * 2**-0.5
+    assert_near(got, stage(want, dtype).transpose(0, 1), dtype)
+
+
+@both_dtypes
+def test_per_layer_gate(dtype: torch.dtype) -> None:
+    x, d, weight = f(T, H, dtype=dtype), f(T, H, dtype=dtype, seed=1, scale=9.0), f(H, dtype=dtype, seed=2)
+    got = kernels.add_normed(x, d, weight, eps=EPS, backend=TORCH)
+    assert_near(got, stage(x.double() + norm(d.double(), weight, dtype), dtype), dtype)
+    gated = kernels.gate_per_layer(x, d, backend=TORCH)
+    assert_near(gated, stage(stage(gelu(x.double()), dtype) * d.double(), dtype), dtype)
+
+
 # ---- rope, q, k and v
 
 
@@ -232,6 +262,9 @@ def test_prepare_qkv(dtype: torch.dtype, angles: int, k_eq_v: bool) -> None:
     others[where] = False
     assert written_k[others].isnan().all()
     assert written_v[others].isnan().all()
+    # a layer without K and V of its own does the same to its queries
+    alone = kernels.prepare_q(qkv[:, : heads * head].contiguous(), q_norm, rope, eps=EPS, backend=TORCH)
+    assert torch.equal(alone[real], q[real])
 
 
 # ---- attention over pages

@@ -506,7 +506,7 @@ def test_pictures_are_bidirectional_in_sliding_layers_only_and_within_the_window
 # ---- text-only checkpoints
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "ple"])
 def test_text_only_checkpoints(kind: str, tmp_path: Path) -> None:
     reference = rig.save(tmp_path, kind, text_only=True)
     runner = rig.Rig(tmp_path)

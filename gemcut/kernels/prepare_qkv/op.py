@@ -1,4 +1,4 @@
-"""Segment B: from the QKV product to attention (spec 2.2 B1, B2; 2.7)."""
+"""Segments B and B': from the QKV product to attention (spec 2.2 B1, B2; 2.3; 2.7)."""
 
 from __future__ import annotations
 
@@ -63,3 +63,23 @@ def prepare_qkv(
     for pages, rows in ((k_pages, k), (v_pages, v)):
         pages.view(-1, kv_heads, head).index_copy_(0, where, rows.index_select(0, kept))
     return q.contiguous()
+
+
+def prepare_q(
+    q: torch.Tensor, q_norm: torch.Tensor, rope: torch.Tensor, *, eps: float, backend: Backend
+) -> torch.Tensor:
+    """Norm q per head and turn it: all that a layer does which reads another layer's K and V (spec 2.3).
+
+    q: [T, Hq D]. q_norm: [D]. rope: [2, T, A]. Returns [T, Hq, D].
+    """
+    check_activation("prepare_q", "q", q, 2)
+    count, head = q.shape[0], q_norm.shape[-1]
+    check("prepare_q", "q_norm", q_norm, (head,), q.dtype, q.device)
+    check("prepare_q", "rope", rope, (2, count, None), q.dtype, q.device)
+    if head == 0 or q.shape[1] % head:
+        raise ValueError(f"prepare_q: q must have a multiple of {head} columns, got {q.shape[1]}")
+    if backend.kernels == "triton":
+        from gemcut.kernels.prepare_qkv import triton as implementation
+
+        return implementation.prepare_q(q, q_norm, rope, eps=eps, backend=backend)
+    return rotate(rms_norm(q.view(count, -1, head), q_norm, eps), rope)

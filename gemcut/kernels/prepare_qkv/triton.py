@@ -112,6 +112,18 @@ def _prepare_qkv(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["count"])
+def _prepare_q_alone(
+    rows_ptr, q_norm_ptr, rope_ptr, q_ptr, count, eps,
+    QH: tl.constexpr, D: tl.constexpr, A: tl.constexpr, Q_TILE: tl.constexpr, ROUND: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    after_previous(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    row = rows_ptr + token * (QH * D)
+    _prepare_q(row, q_norm_ptr, rope_ptr, q_ptr, token, count, tl.program_id(1), eps, QH, D, A, Q_TILE, ROUND)
+
+
 @cache
 def _shape(q_heads: int, kv_heads: int, head: int) -> tuple[int, int, int]:
     """(query heads, KV heads, warps) of a program.
@@ -148,3 +160,18 @@ def prepare_qkv(
         num_warps=warps, enable_fp_fusion=fuses(backend), **overlap(qkv.device),
     )  # fmt: skip
     return q
+
+
+def prepare_q(
+    q: torch.Tensor, q_norm: torch.Tensor, rope: torch.Tensor, *, eps: float, backend: Backend
+) -> torch.Tensor:
+    count, head = q.shape[0], q_norm.shape[0]
+    q_heads = q.shape[1] // head
+    out = q.new_empty(count, q_heads, head)
+    tile, _, warps = _shape(q_heads, q_heads, head)
+    _prepare_q_alone[(count, q_heads // tile)](
+        q, q_norm, rope, out, count, eps,
+        q_heads, head, rope.shape[2], tile, backend.numerics == "reference",
+        num_warps=warps, enable_fp_fusion=fuses(backend), **overlap(q.device),
+    )  # fmt: skip
+    return out

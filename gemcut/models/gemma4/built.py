@@ -9,10 +9,8 @@ from gemcut.plan import ModelPlan
 def missing_parts(plan: ModelPlan) -> list[str]:
     """What a model needs and the code has not got yet, each in words; empty if it runs."""
     missing = []
-    if plan.text.per_layer_input is not None:
-        missing.append("per-layer embeddings (E2B, E4B)")
-    if any(not layer.owns_kv for layer in plan.text.layers):
-        missing.append("layers that share another layer's KV (E2B, E4B)")
+    if plan.text.per_layer_input is not None and any(layer.experts for layer in plan.text.layers):
+        missing.append("per-layer embeddings beside experts")
     if plan.vision is not None and plan.vision.clipped:
         missing.append("clipped linears in the vision tower (E2B, E4B)")
     if plan.patch_embedder is not None:
@@ -28,5 +26,5 @@ def refuse_unbuilt(plan: ModelPlan) -> None:
     if missing:
         raise ConfigError(
             f"gemcut does not run this model yet: it needs {', '.join(missing)}. "
-            "It runs 26B-A4B, 31B and text-only models of their kind; `gemcut inspect` plans all sizes."
+            "It runs 26B-A4B, 31B and text-only models of the family; `gemcut inspect` plans all sizes."
         )

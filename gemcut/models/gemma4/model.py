@@ -39,7 +39,7 @@ class Gemma4(nn.Module):
     def __init__(self, plan: ModelPlan, backend: Backend) -> None:
         super().__init__()
         refuse_unbuilt(plan)
-        self.language_model = Decoder(plan.text, backend)
+        self.language_model = Decoder(plan.text, plan.ids.pad, backend)
         if plan.vision is not None:
             self.vision_tower = VisionTower(plan.vision, backend)
             self.embed_vision = Projector(plan.vision.hidden, plan.text.hidden, backend)

@@ -15,14 +15,18 @@ from gemcut.kernels import (
     Backend,
     add_norm,
     add_norm_moe,
+    add_normed,
     close_layer,
     close_layer_moe,
     embed,
+    gate_per_layer,
     glu,
     grouped_glu,
     grouped_linear,
     logits,
     paged_attention,
+    per_layer_inputs,
+    prepare_q,
     prepare_qkv,
     rope_table,
     route_experts,
@@ -37,16 +41,21 @@ Attend = Callable[..., torch.Tensor]  # called as `paged_attention` is: where a 
 
 
 class Attention(nn.Module):
-    """q, k, v to pages, attention over them, output projection."""
+    """q, k, v to pages, attention over them, output projection. A layer that reads another one's K and V
+    (spec 2.3) has q alone."""
 
     def __init__(self, text: TextPlan, layer: LayerPlan, backend: Backend) -> None:
         super().__init__()
         q_width, kv_width = layer.q_heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        sources = [("q_proj", q_width), ("k_proj", kv_width)]
-        if not layer.k_eq_v:
-            sources.append(("v_proj", kv_width))
-        self.qkv_proj = FusedLinear(text.hidden, tuple(sources), backend)
-        self.q_norm, self.k_norm = Norm(layer.head_dim), Norm(layer.head_dim)
+        self.q_norm = Norm(layer.head_dim)
+        if layer.owns_kv:
+            sources = [("q_proj", q_width), ("k_proj", kv_width)]
+            if not layer.k_eq_v:
+                sources.append(("v_proj", kv_width))
+            self.qkv_proj = FusedLinear(text.hidden, tuple(sources), backend)
+            self.k_norm = Norm(layer.head_dim)
+        else:
+            self.q_proj = Linear(text.hidden, q_width, backend)
         self.o_proj = Linear(q_width, text.hidden, backend)
         self.layer, self.eps, self.backend = layer, text.eps, backend
         self.sees_blocks = text.bidirectional_vision and layer.kind == "sliding"
@@ -60,18 +69,27 @@ class Attention(nn.Module):
         batch: Batch,
         attend: Attend = paged_attention,
     ) -> torch.Tensor:
-        q = prepare_qkv(  # B
-            self.qkv_proj(h),  # G1
-            self.q_norm.weight,
-            self.k_norm.weight,
-            rope,
-            rows.slots,
-            kv.k_pages,
-            kv.v_pages,
-            q_heads=self.layer.q_heads,
-            eps=self.eps,
-            backend=self.backend,
-        )
+        if self.layer.owns_kv:
+            q = prepare_qkv(  # B
+                self.qkv_proj(h),  # G1
+                self.q_norm.weight,
+                self.k_norm.weight,
+                rope,
+                rows.slots,
+                kv.k_pages,
+                kv.v_pages,
+                q_heads=self.layer.q_heads,
+                eps=self.eps,
+                backend=self.backend,
+            )
+        else:
+            q = prepare_q(  # B'
+                self.q_proj(h),  # G1
+                self.q_norm.weight,
+                rope,
+                eps=self.eps,
+                backend=self.backend,
+            )
         o = attend(
             q,
             kv.k_pages,
@@ -141,8 +159,12 @@ class DenseLayer(nn.Module):
         kv: LayerKV,
         batch: Batch,
         attend: Attend = paged_attention,
+        inputs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, h: [T, H]. Returns the stream after this layer, and normed by `next_norm`."""
+        """x, h: [T, H]. inputs: [T, W], the layer's own inputs, in models that have them.
+
+        Returns the stream after this layer, and normed by `next_norm`.
+        """
         a = self.self_attn(h, rope, rows, kv, batch, attend)
         x, h = add_norm(  # C
             x,
@@ -156,6 +178,56 @@ class DenseLayer(nn.Module):
             x,
             self.mlp(h),
             self.post_feedforward_layernorm.weight,
+            self.layer_scalar,
+            next_norm.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+
+class GatedLayer(DenseLayer):
+    """A decoder layer that ends with inputs of its own, gated by the stream (spec 2.5)."""
+
+    def __init__(self, text: TextPlan, layer: LayerPlan, width: int, backend: Backend) -> None:
+        super().__init__(text, layer, backend)
+        self.per_layer_input_gate = Linear(text.hidden, width, backend)
+        self.per_layer_projection = Linear(width, text.hidden, backend)
+        self.post_per_layer_input_norm = Norm(text.hidden)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        next_norm: Norm,
+        rope: torch.Tensor,
+        rows: PagedRows,
+        kv: LayerKV,
+        batch: Batch,
+        attend: Attend = paged_attention,
+        inputs: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert inputs is not None, "this layer has inputs of its own"
+        a = self.self_attn(h, rope, rows, kv, batch, attend)
+        x, h = add_norm(  # C
+            x,
+            a,
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+        x = add_normed(  # P1
+            x,
+            self.mlp(h),
+            self.post_feedforward_layernorm.weight,
+            eps=self.eps,
+            backend=self.backend,
+        )
+        g = gate_per_layer(self.per_layer_input_gate(x), inputs, backend=self.backend)  # P2
+        return close_layer(  # P3
+            x,
+            self.per_layer_projection(g),
+            self.post_per_layer_input_norm.weight,
             self.layer_scalar,
             next_norm.weight,
             eps=self.eps,
@@ -185,6 +257,7 @@ class MoELayer(DenseLayer):
         kv: LayerKV,
         batch: Batch,
         attend: Attend = paged_attention,
+        inputs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         a = self.self_attn(h, rope, rows, kv, batch, attend)
         x, h, r, e = add_norm_moe(  # C-MoE
@@ -224,7 +297,7 @@ class MoELayer(DenseLayer):
 
 
 class Embedding(nn.Module):
-    """weight [V, H]: input embedding and, tied, the head."""
+    """weight [V, H]: input embedding and, tied, the head; or [V, L W], that of all layers' own inputs."""
 
     def __init__(self, vocab: int, hidden: int) -> None:
         super().__init__()
@@ -234,12 +307,19 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """The text backbone: token ids and soft tokens in, logits out."""
 
-    def __init__(self, plan: TextPlan, backend: Backend) -> None:
+    def __init__(self, plan: TextPlan, pad_id: int, backend: Backend) -> None:
+        """pad_id: whose per-layer inputs soft tokens have, in models with such inputs."""
         super().__init__()
         self.embed_tokens = Embedding(plan.vocab, plan.hidden)
+        own = plan.per_layer_input
+        if own is not None:
+            total = own.width * len(plan.layers)
+            self.embed_tokens_per_layer = Embedding(own.vocab, total)
+            self.per_layer_model_projection = Linear(plan.hidden, total, backend)
+            self.per_layer_projection_norm = Norm(own.width)
         self.layers = nn.ModuleList(_layer(plan, layer, backend) for layer in plan.layers)
         self.norm = Norm(plan.hidden)
-        self.plan, self.backend = plan, backend
+        self.plan, self.pad_id, self.backend = plan, pad_id, backend
 
     def forward(self, batch: Batch, kv: Sequence[LayerKV], attend: Attend = paged_attention) -> torch.Tensor:
         """Run one step; K and V are written to the pages of `kv`, one entry a layer.
@@ -268,9 +348,32 @@ class Decoder(nn.Module):
             eps=self.plan.eps,
             backend=self.backend,
         )
-        for plan, layer, next_norm in zip(self.plan.layers, layers, norms[1:], strict=True):
+        inputs = None
+        if self.plan.per_layer_input is not None:
+            inputs = per_layer_inputs(  # S1
+                self.per_layer_model_projection(x),
+                batch.token_ids,
+                self.embed_tokens_per_layer.weight,
+                batch.soft_rows,
+                self.per_layer_projection_norm.weight,
+                hidden=self.plan.hidden,
+                pad_id=self.pad_id,
+                eps=self.plan.eps,
+                backend=self.backend,
+            )
+        for i, (plan, layer, next_norm) in enumerate(zip(self.plan.layers, layers, norms[1:], strict=True)):
             rows = batch.sliding if plan.kind == "sliding" else batch.full
-            x, h = layer(x, h, next_norm, ropes[plan.kind], rows, kv[plan.kv_layer], batch, attend)
+            x, h = layer(
+                x,
+                h,
+                next_norm,
+                ropes[plan.kind],
+                rows,
+                kv[plan.kv_layer],
+                batch,
+                attend,
+                None if inputs is None else inputs[i],
+            )
         return h
 
     def logits(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,4 +387,6 @@ class Decoder(nn.Module):
 def _layer(text: TextPlan, layer: LayerPlan, backend: Backend) -> DenseLayer:
     if layer.experts is not None:
         return MoELayer(text, layer, layer.experts, backend)
+    if text.per_layer_input is not None:
+        return GatedLayer(text, layer, text.per_layer_input.width, backend)
     return DenseLayer(text, layer, backend)
