@@ -23,6 +23,7 @@ import torch
 
 from gemcut.bench.timing import Ceilings, measure_ceilings
 from gemcut.kernels import Backend
+from gemcut.kernels.attention import hopper
 from gemcut.kernels.attention import triton as attention
 from gemcut.kernels.attention.cases import CASES as ATTENTION
 from gemcut.kernels.case import Case, widen
@@ -120,6 +121,8 @@ LINEAR = GLU | {
         Tile(16, 128, 64, 4, 4),
         Tile(16, 128, 64, 4, 6),
     ),
+    8192: (*GLU[8192], experts.FETCHERS),
+    sys.maxsize: (*GLU[sys.maxsize], experts.FETCHERS),
 }
 PICTURES = (
     tower.Config(128, 64, 8, 3),
@@ -137,7 +140,8 @@ Config = attention.ChunkConfig | attention.SingleConfig | experts.Config | tower
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tuned table is read for some inputs, and what may stand there."""
+    """Where a tuned table is read for some inputs, and what may stand there: nothing, if their kernel has one
+    shape."""
 
     module: str
     key: str
@@ -164,7 +168,8 @@ def place(case: Case, inputs: Mapping[str, Any]) -> Place:
             key = attention.shape_key("singles", q, kv_heads)
             return Place(attention.__file__, key, rows, SINGLES[q.shape[2]])
         key = attention.shape_key("chunks", q, kv_heads)
-        return Place(attention.__file__, key, q.shape[0], CHUNKS[q.shape[2]])
+        fixed = hopper.serves(q, inputs["k_pages"], inputs["spans"], inputs["window"])
+        return Place(attention.__file__, key, q.shape[0], () if fixed else CHUNKS[q.shape[2]])
     product, weight, choices = ("glu", "gate_up", GLU) if "gate_up" in inputs else ("linear", "down", LINEAR)
     pairs = inputs["routing"].order.shape[0]
     candidates = next(choices[limit] for limit in sorted(choices) if pairs <= limit)
@@ -172,10 +177,10 @@ def place(case: Case, inputs: Mapping[str, Any]) -> Place:
 
 
 def cases(words: Sequence[str]) -> list[Case]:
-    """Full-size cases, those of prefill over a cached prefix excepted: they read the same entries."""
+    """Full-size cases, except rows of several lengths and cached prefixes: they read the same entries."""
     chosen = []
     for case in (*EXPERTS, *ATTENTION, *TOWER):
-        if not case.full_size or "prefill 512 of" in case.name:
+        if not case.full_size or "prefill 512 of" in case.name or "mixed prefill" in case.name:
             continue
         if words and not any(word in str(case) for word in words):
             continue
@@ -301,6 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ceilings = measure_ceilings()
     log, lines = [], []
     for case in chosen:
+        if not place(case, _inputs(case)).candidates:
+            continue
         timings = list(measure(case))
         log += [{"case": str(case)} | asdict(timing) for timing in timings]
         right = [timing for timing in timings if timing.error <= 1.5]

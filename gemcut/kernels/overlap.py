@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.language.extra import cuda
 
 
@@ -38,6 +39,14 @@ def overlap(device: torch.device) -> dict[str, Any]:
 def copies_tiles(device: torch.device) -> bool:
     """Whether the copy engine fetches whole tiles: from Hopper on, and in the interpreter."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Capability 9.0 exactly, for kernels in Gluon; also a CPU on which kernels are only compiled."""
+    if device.type == "cpu":
+        return not knobs.runtime.interpret
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @triton.jit

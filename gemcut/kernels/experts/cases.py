@@ -134,5 +134,5 @@ CASES = tuple(
 ) + tuple(
     case(tokens, glu=glu, hidden=2816, width=704, experts=128, top_k=8, full_size=True)
     for glu in (True, False)
-    for tokens in (1, 2, 8, 16, 32, 64, 256, 1024, 8192)
+    for tokens in (1, 2, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192)
 )

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemcut.kernels.add_norm.triton import rounded
 from gemcut.kernels.backend import Backend
+from gemcut.kernels.experts import hopper
 from gemcut.kernels.glu.triton import gelu_tanh
 from gemcut.kernels.overlap import after_previous, copies_tiles, overlap, start_next, wait_for_previous
 from gemcut.kernels.ragged import count_tiles, find_tile
@@ -33,7 +34,8 @@ SINGLE_PAIRS = 16  # (token, slot) pairs up to which each is taken by itself
 class Config:
     """block_m: rows a program. block_n: weight rows a program, gate and up together. block_k: a step.
     thin: what is left of an expert's rows takes a tile of half the height where that is enough.
-    copied: weights come by the copy engine, where there is one and block_k divides their rows."""
+    copied: weights come by the copy engine, where there is one and block_k divides their rows.
+    fetchers: the second product by hopper.py's kernel, whose blocks, warps and stages are what they are."""
 
     block_m: int
     block_n: int
@@ -42,6 +44,10 @@ class Config:
     stages: int
     thin: bool = False
     copied: bool = False
+    fetchers: bool = False
+
+
+FETCHERS = Config(128, 256, 64, warps=12, stages=4, thin=True, copied=True, fetchers=True)
 
 
 def grouped_glu(
@@ -67,7 +73,10 @@ def grouped_linear(
         _launch_pairs(m, down, out, routing, glu=False, rounds=False)
         return out.view(*routing.experts.shape, -1)
     config = find_config("linear", down, routing, backend)
-    _launch(m, down, out, routing, config, glu=False, rounds=False)
+    if config.fetchers:
+        hopper.grouped_rows(m, down, out, routing)
+    else:
+        _launch(m, down, out, routing, config, glu=False, rounds=False)
     return out.view(*routing.experts.shape, -1)
 
 
@@ -95,6 +104,8 @@ def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: B
         return Config(32, 64, 64, warps=4, stages=4)
     if rows <= 128:
         return Config(64, 128, 64, warps=4, stages=3)
+    if product == "linear" and rows > 192 and inputs <= 1024 and hopper.serves(weight):
+        return FETCHERS
     if inputs <= 1024:  # few steps a tile: two programs a processor, one's loop hides the other's ends
         return Config(128, 128, 64, warps=4, stages=3, thin=True)
     return Config(128, 256, 64, warps=8, stages=3, thin=True)
