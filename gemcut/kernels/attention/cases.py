@@ -139,9 +139,12 @@ FULL = Heads(8, 1, 512)
 WIDE_GROUP = Heads(16, 1, 64)
 SLIDING_26B = Heads(16, 8, 256, 1024)
 FULL_26B = Heads(16, 2, 512)
+FULL_12B = Heads(16, 1, 512)
+FULL_E4B = Heads(8, 2, 512)
 
 DECODE = (Row(1, 1), Row(1, 40), Row(1, 97))
 MIXED = (Row(1, 33), Row(21, 21), Row(0, 0), Row(1, 5), Row(9, 70), Row(2, 2))
+MIXED_LARGE = (*MIXED, Row(150, 500), Row(64, 128), Row(300, 300))
 
 CASES = (
     case("one prompt", TINY_SLIDING, Row(37, 37), page_size=16),
@@ -186,6 +189,10 @@ CASES = (
             "prefill 512 of 4096, twice", heads, Row(512, 4096), Row(512, 4096), page_size=64, full_size=True
         )
         for heads in (SLIDING_26B, FULL_26B)
+    ),
+    *(
+        case("mixed prefill", heads, *MIXED_LARGE, page_size=64, padding=5, full_size=True)
+        for heads in (SLIDING_26B, FULL_26B, FULL_12B, FULL_E4B)
     ),
     *(
         case(f"decode {batch}", heads, *[Row(1, 1024)] * batch, page_size=64, full_size=True)

@@ -1,4 +1,5 @@
-"""Paged attention on a GPU: one kernel for chunks of a prompt, one for rows with a single query.
+"""Paged attention on a GPU: one kernel for chunks of a prompt, one for rows with a single query. On Hopper,
+large chunks at head size 512 have a kernel of their own (`hopper.py`).
 
 Nothing here waits for the device: grids come from shapes alone, lengths are read by the programs. A step
 can therefore be captured in a graph and replayed with other lengths.
@@ -19,9 +20,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gemcut.kernels.attention import hopper
+from gemcut.kernels.attention.rows import find_queries
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.overlap import after_previous, copies_tiles, overlap
-from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.softmax import soften
 from gemcut.kernels.tuned import tuned
 
@@ -87,7 +89,10 @@ def paged_attention(
     elif count == rows:
         _singles(*arguments, only_single=False)
     else:
-        _chunks(*arguments, skip_single=True, deterministic=False)
+        if hopper.serves(q, k_pages, spans, window):
+            hopper.attend_chunks(q, k_pages, v_pages, page_table, query_start, seq_lens, out)
+        else:
+            _chunks(*arguments, skip_single=True, deterministic=False)
         _singles(*arguments, only_single=True)
     return out
 
@@ -113,7 +118,7 @@ def chunk_config(q: torch.Tensor, kv_heads: int, deterministic: bool) -> ChunkCo
         # five stages hold three tiles of K and V, of 32 keys: loads are issued behind a step's second
         # product, so those of the next step would come too late, those of the step after it do not
         return ChunkConfig(128, 32, head, warps=8, stages=5)
-    return ChunkConfig(128, 32, min(head, 256), warps=8, stages=3)
+    return ChunkConfig(128, 32, min(head, 256), warps=8, stages=2)
 
 
 def single_config(q: torch.Tensor, kv_heads: int, rows: int) -> SingleConfig:
@@ -335,17 +340,12 @@ def _attend_chunks(
     kv_head = lane // PARTS
     part = lane % PARTS
 
-    # the padding behind the last row is one row more, to be zeroed
-    index = tl.arange(0, ROWS)
-    begins = tl.load(start_ptr + index, mask=index <= rows, other=tokens)
-    ends = tl.load(start_ptr + index + 1, mask=index < rows, other=tokens)
-    if SKIP_SINGLE:
-        begins = tl.where((ends - begins == 1) & (index < rows), ends, begins)
-    # heaviest first: a row's last tiles see the most keys
-    tile = count_tiles(begins, ends, BLOCK_T) - 1 - tl.program_id(0) // (KV_HEADS * PARTS)
-    if tile < 0:
+    order = tl.program_id(0) // (KV_HEADS * PARTS)
+    found, row, first, stop = find_queries(
+        tl.arange(0, ROWS), start_ptr, tokens, rows, order, BLOCK_T, SKIP_SINGLE
+    )
+    if not found:
         return
-    row, first, stop = find_tile(begins, ends, tile, BLOCK_T)
 
     m = tl.arange(0, BLOCK_M)
     token = m // GROUP  # in the tile
@@ -355,7 +355,7 @@ def _attend_chunks(
     base = first.to(tl.int64) * (Q_HEADS * HEAD) + kv_head * (GROUP * HEAD)
     pairs = token * (Q_HEADS * HEAD) + (m % GROUP) * HEAD
     out_at = out_ptr + base + pairs[:, None] + columns[None, :]
-    if row == rows:
+    if row == rows:  # the padding behind the last one
         tl.store(out_at, tl.zeros([BLOCK_M, PART], out_ptr.dtype.element_ty), mask=valid[:, None])
         return
 
