@@ -177,7 +177,7 @@ CASES = (
     case("mixed", SLIDING, *MIXED, padding=1),
     case("decode", SLIDING, *DECODE, page_size=64),
     case("one prompt", FULL, Row(70, 70)),
-    case("mixed", FULL, *MIXED, padding=1),
+    case("mixed", FULL, *MIXED, padding=1, page_size=64),
     case("decode", FULL, *DECODE),
     *(
         case(f"prefill {count}", heads, Row(count, count), page_size=64, full_size=True)
