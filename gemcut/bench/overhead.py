@@ -2,7 +2,9 @@
 
 `python -m gemcut.bench.overhead` is the server's process. Both sides have an engine with the same settings
 and take turns on one machine; each round asks what none before it did. The clients run in this process, so
-what they cost counts against HTTP.
+what they cost counts against HTTP; how much that is, the record says.
+
+Answers may not end before their length is reached: every token has text, and is an event.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from gemcut.llm import LLM, open_files
 from gemcut.outputs import Delta
 from gemcut.runner.start import choose_device
 from gemcut.sampling import SamplingParams
+from gemcut.server.main import loop_factory
 
 MODEL = "bench"  # what the server calls it
 ANSWER_S = 600.0
@@ -104,7 +107,9 @@ class OverHttp:
             stdin=subprocess.DEVNULL,
             stderr=self._log,
         )
-        self._clients = asyncio.Runner()
+        self._clients = asyncio.Runner(loop_factory=loop_factory())
+        self._clients_s = 0.0  # of CPU time
+        self._num_tokens = 0
 
     def __enter__(self) -> Self:
         try:
@@ -120,9 +125,17 @@ class OverHttp:
         self._close()
 
     def tokens_per_s(self, bodies: Sequence[bytes], new: int) -> float:
+        began = time.process_time()
         traces = self._clients.run(self._ask(bodies))
+        self._clients_s += time.process_time() - began
+        self._num_tokens += len(bodies) * new
         seconds = max(trace.end_s for trace in traces) - min(trace.sent_s for trace in traces)
         return _expect(sum(trace.completion_tokens for trace in traces), len(bodies) * new) / seconds
+
+    @property
+    def client_us(self) -> float:
+        """CPU time that the clients took for a token, reading the answers included."""
+        return 1e6 * self._clients_s / self._num_tokens
 
     def first_token_ms(self, body: bytes) -> float:
         """From before the connection to the first event with text."""
@@ -185,8 +198,10 @@ def run(
         "rounds": rounds,
         "machine": machine(),  # with its load before the engines start
     }
-    results = measure(setup.config, streams=streams, words=words, new=new, rounds=rounds, tell=tell)
-    note = "the clients run on the same cores, and count against HTTP"
+    results, client_us = measure(
+        setup.config, streams=streams, words=words, new=new, rounds=rounds, tell=tell
+    )
+    note = f"the clients run on the same cores and count against HTTP: {client_us:.0f} us of CPU a token"
     record = Record.of("overhead", device, None, results, command=command, facts=facts, notes=[note])
     if records is not None:
         tell(f"written to {record.write(records)}")
@@ -195,17 +210,17 @@ def run(
 
 def measure(
     config: EngineConfig, *, streams: int, words: int, new: int, rounds: int, tell: Callable[[str], None]
-) -> list[Row]:
+) -> tuple[list[Row], float]:
     """Rounds of `streams` answers at a time and of FIRST_TOKENS one by one, by both sides, another one first
-    each time. The round before the first warms up."""
-    many = Workload(input_words=words, output_tokens=new)
-    single = Workload(input_words=words, output_tokens=FIRST_NEW, seed=1)
+    each time. The round before the first warms up. Also returns the clients' CPU time a token in us."""
+    many = Workload(input_words=words, output_tokens=new, exact=False)
+    single = Workload(input_words=words, output_tokens=FIRST_NEW, exact=False, seed=1)
     rates: list[Pair] = []
     firsts: list[Pair] = []
     here = InProcess(config)
     with OverHttp(config) as there:
         for number in range(rounds + 1):
-            bodies = [many.body(MODEL, number * streams + index) for index in range(streams)]
+            bodies = [_body(many, number * streams + index) for index in range(streams)]
             rates.append(
                 _pair(
                     number,
@@ -214,7 +229,7 @@ def measure(
                 )
             )
             for index in range(number * FIRST_TOKENS, (number + 1) * FIRST_TOKENS):
-                body = single.body(MODEL, index)
+                body = _body(single, index)
                 firsts.append(
                     _pair(
                         index,
@@ -225,7 +240,8 @@ def measure(
             tell(
                 f"round {number}: {rates[-1][0]:,.0f} tokens/s in this process, {rates[-1][1]:,.0f} over HTTP"
             )
-    return [Row.of(RATE, streams, rates[1:]), Row.of(FIRST, 1, firsts[FIRST_TOKENS:])]
+        client_us = there.client_us
+    return [Row.of(RATE, streams, rates[1:]), Row.of(FIRST, 1, firsts[FIRST_TOKENS:])], client_us
 
 
 def _pair(number: int, here: Callable[[], float], there: Callable[[], float]) -> Pair:
@@ -236,9 +252,16 @@ def _pair(number: int, here: Callable[[], float], there: Callable[[], float]) ->
     return here(), there()
 
 
+def _body(workload: Workload, number: int) -> bytes:
+    """A request whose answer may not end early. Where the end is merely ignored, the demo says it again and
+    again: a token without text, for which nothing is sent."""
+    request = json.loads(workload.body(MODEL, number))
+    return json.dumps(request | {"min_tokens": workload.output_tokens}).encode()
+
+
 def _params(new: int) -> SamplingParams:
-    """What `Workload.body` asks of a server."""
-    return SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+    """What `_body` asks of a server."""
+    return SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new)
 
 
 def _expect(got: int, wanted: int) -> int:

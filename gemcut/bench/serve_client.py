@@ -1,6 +1,6 @@
 """One streamed chat with a server that speaks OpenAI's interface, and the times at which its news came.
 
-Written on asyncio's streams: a client library between the socket and the clock would be measured, too.
+Written on asyncio's protocols: a client library between the socket and the clock would be measured, too.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import httptools
+
 from gemcut.errors import ConfigError, GemcutError
 
-MAX_LINE = 1 << 24
 NEWS = ("content", "reasoning", "reasoning_content", "tool_calls")
 
 
@@ -96,41 +96,41 @@ class Trace:
 async def get(endpoint: Endpoint, path: str, timeout_s: float = 10.0) -> Any:
     """A JSON document. Raises ServerFailed."""
     try:
-        async with asyncio.timeout(timeout_s):
-            status, lines = await _exchange(endpoint, "GET", path, b"")
-            body = await _all(lines)
-    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        answer = await _exchange(endpoint, "GET", path, b"", timeout_s)
+    except (OSError, TimeoutError) as error:
         raise ServerFailed(
             f"{endpoint.host} port {endpoint.port} does not answer: {_reason(error)}."
         ) from error
-    if status != 200:
-        raise ServerFailed(f"{endpoint.path}{path} answered {status}: {_said(body)}")
+    if answer.status != 200:
+        raise ServerFailed(f"{endpoint.path}{path} answered {answer.status}: {_said(answer.body)}")
     try:
-        return json.loads(body)
+        return json.loads(answer.body)
     except ValueError as error:
         raise ServerFailed(f"{endpoint.path}{path} did not answer with JSON.") from error
 
 
 async def ask(endpoint: Endpoint, body: bytes, trace: Trace, timeout_s: float) -> None:
-    """Send a chat whose body asks for a stream with its usage, and note into the trace what comes."""
+    """Send a chat whose body asks for a stream with its usage, and note into the trace what comes.
+
+    While it comes, only the time of each piece is noted: what the client does then, a server on the same
+    machine cannot do.
+    """
+    answer = None
     trace.sent_s = time.monotonic()
     try:
-        async with asyncio.timeout(timeout_s):
-            status, lines = await _exchange(endpoint, "POST", "/chat/completions", body)
-            if status != 200:
-                trace.error = f"{status}: {_said(await _all(lines))}"
-            else:
-                async with aclosing(lines):
-                    trace.error = await _listen(lines, trace)
-    except (OSError, TimeoutError, asyncio.IncompleteReadError, ServerFailed) as error:
+        answer = await _exchange(endpoint, "POST", "/chat/completions", body, timeout_s)
+    except (OSError, TimeoutError, ServerFailed) as error:
         trace.error = _reason(error)
-    finally:
-        trace.end_s = time.monotonic()
+    trace.end_s = time.monotonic()
+    if answer is not None:
+        trace.error = _read(answer, trace)
 
 
-async def _listen(lines: AsyncGenerator[bytes, None], trace: Trace) -> str | None:
+def _read(answer: _Answer, trace: Trace) -> str | None:
     """Note the events of a stream. Returns what is wrong with it."""
-    async for line in lines:
+    if answer.status != 200:
+        return f"{answer.status}: {_said(answer.body)}"
+    for came_s, line in answer.lines():
         if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
@@ -145,7 +145,7 @@ async def _listen(lines: AsyncGenerator[bytes, None], trace: Trace) -> str | Non
         if usage := event.get("usage"):
             trace.prompt_tokens, trace.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         if any(choice["delta"].get(name) for choice in event.get("choices") or () for name in NEWS):
-            trace.news_s.append(time.monotonic())
+            trace.news_s.append(came_s)
     else:
         return "the stream broke off"
     if not trace.news_s:
@@ -154,31 +154,79 @@ async def _listen(lines: AsyncGenerator[bytes, None], trace: Trace) -> str | Non
     return None
 
 
-async def _all(lines: AsyncGenerator[bytes, None]) -> bytes:
-    async with aclosing(lines):
-        return b"".join([line async for line in lines])
+class _Answer(asyncio.Protocol):
+    """An answer while it comes. pieces: of its body, with the seconds on the monotonic clock at which they
+    came. ended: raises ServerFailed if it is not complete."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.pieces: list[tuple[float, bytes]] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._parser = httptools.HttpResponseParser(self)
+        self._says_its_length = False
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(piece for _, piece in self.pieces)
+
+    def lines(self) -> Iterator[tuple[float, bytes]]:
+        """Lines of the body without their ends, each with the time at which it was complete. The last one
+        may have had no end."""
+        held, came_s = b"", 0.0
+        for came_s, piece in self.pieces:
+            *whole, held = (held + piece).split(b"\n")
+            for line in whole:
+                yield came_s, line.rstrip(b"\r")
+        if held:
+            yield came_s, held
+
+    # ---- called by the event loop
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._end("what answers does not speak HTTP")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        until_the_end = exc is None and self.status and not self._says_its_length
+        self._end(None if until_the_end else "the connection ended early")
+
+    # ---- called by the parser
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._says_its_length |= name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self.pieces.append((time.monotonic(), body))
+
+    def on_message_complete(self) -> None:
+        self._end(None)
+
+    def _end(self, error: str | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(ServerFailed(error))
 
 
-async def _exchange(
-    endpoint: Endpoint, method: str, path: str, body: bytes
-) -> tuple[int, AsyncGenerator[bytes, None]]:
-    """The status of a request, and the lines of the answer's body."""
+async def _exchange(endpoint: Endpoint, method: str, path: str, body: bytes, timeout_s: float) -> _Answer:
+    """The whole answer to a request. Raises OSError, TimeoutError or ServerFailed."""
     context = ssl.create_default_context() if endpoint.tls else None
-    reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context, limit=MAX_LINE)
-    try:
-        writer.writelines([_head(endpoint, method, path, len(body)), body])
-        head = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-        status = int(head[0].split()[1])
-        headers = {
-            name.strip().lower(): value.strip() for name, _, value in (h.partition(b":") for h in head)
-        }
-    except (IndexError, ValueError, asyncio.LimitOverrunError) as error:
-        writer.close()
-        raise ServerFailed("what answers does not speak HTTP") from error
-    except BaseException:
-        writer.close()
-        raise
-    return status, _lines(reader, writer, headers)
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(timeout_s):
+        transport, answer = await loop.create_connection(_Answer, endpoint.host, endpoint.port, ssl=context)
+        try:
+            transport.write(_head(endpoint, method, path, len(body)) + body)
+            await answer.ended
+        finally:
+            transport.close()
+    return answer
 
 
 def _head(endpoint: Endpoint, method: str, path: str, length: int) -> bytes:
@@ -195,41 +243,9 @@ def _head(endpoint: Endpoint, method: str, path: str, length: int) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-async def _lines(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, headers: Mapping[bytes, bytes]
-) -> AsyncGenerator[bytes, None]:
-    """Lines of a body, without their ends; the last one may have had none."""
-    held = b""
-    try:
-        async for piece in _pieces(reader, headers):
-            *whole, held = (held + piece).split(b"\n")
-            for line in whole:
-                yield line.rstrip(b"\r")
-        if held:
-            yield held
-    finally:
-        writer.close()
-
-
-async def _pieces(
-    reader: asyncio.StreamReader, headers: Mapping[bytes, bytes]
-) -> AsyncGenerator[bytes, None]:
-    if headers.get(b"transfer-encoding", b"").lower() == b"chunked":
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            yield await reader.readexactly(size)
-            await reader.readexactly(2)
-    elif b"content-length" in headers:
-        yield await reader.readexactly(int(headers[b"content-length"]))
-    else:
-        while piece := await reader.read(1 << 16):
-            yield piece
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "it took too long"
-    if isinstance(error, asyncio.IncompleteReadError):
-        return "the connection ended early"
     return str(error) or type(error).__name__
 
 

@@ -71,7 +71,7 @@ def serve(
     metrics = Metrics(client, config.served_model_names[0])
     traces = None if config.otlp_endpoint is None else Traces.to(config.otlp_endpoint)
     most = engine.max_num_seqs + config.max_waiting
-    with bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with bind(config) as listener, asyncio.Runner(loop_factory=loop_factory()) as runner:
         app = App(Answerer(files, client, config, metrics), Door(most, config.max_per_key), traces)
         try:
             return runner.run(_serve(app, listener))
@@ -178,7 +178,8 @@ def _uvicorn_config(app: App, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Of uvloop's event loop, None where there is none."""
     try:
         import uvloop
     except ImportError:
