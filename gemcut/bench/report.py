@@ -6,7 +6,7 @@ import html
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,31 @@ IN_README = (
         for other in OTHERS
     ),
 )
+TITLES = {
+    "prefill": "Prefill",
+    "decode": "Decode",
+    "vision": "Pictures",
+    "batch": "Offline batch",
+    "startup": "Start-up",
+    "memory": "Memory",
+    "overhead": "The server's overhead",
+    "profile": "A step, kernel by kernel",
+    "kernels": "Kernels",
+}
+FOLDED = ("profile", "kernels")  # long tables, behind lines to click on
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+:root { color-scheme: light dark; --line: #8884; --quiet: #777; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h2 { margin-top: 3rem; border-bottom: 2px solid var(--line); } h3 { margin: 2.5rem 0 .5rem; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+.wide { overflow-x: auto; } .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots svg { background: white; border-radius: 6px; flex: 1 1 24rem; max-width: 34rem; height: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-td, th { border-bottom: 1px solid #ccc; padding: .2rem .7rem; text-align: right; }
+td, th { border-bottom: 1px solid var(--line); padding: .2rem .7rem; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
-caption { text-align: left; font-weight: 600; } svg { max-width: 100%; height: auto; }
-code { background: #eee; padding: 0 .2rem; } .note { color: #555; }
+caption { text-align: left; font-weight: 600; white-space: nowrap; }
+code { background: #8882; padding: 0 .2rem; overflow-wrap: anywhere; } .note { color: var(--quiet); }
+details { margin: .5rem 0; } summary { cursor: pointer; }
 """
 
 
@@ -102,7 +120,7 @@ def _source(record: Record) -> str:
             f"Ceilings measured in the same run: {record.ceilings['copy_bytes'] / 1e12:.3f} TB/s, "
             f"{record.ceilings['matrix_flops'] / 1e12:.1f} TFLOP/s."
         )
-    return " ".join([*lines, *(f"{note}." for note in record.notes)])
+    return " ".join([*lines, *(f"{note.rstrip('.')}." for note in record.notes)])
 
 
 def write_into(text: str, tables: str) -> str:
@@ -120,36 +138,73 @@ def write_into(text: str, tables: str) -> str:
 
 
 def page(records: Sequence[Record]) -> str:
-    """One HTML file: plots and tables by device, and what was measured on."""
-    by_device: dict[str, list[Record]] = defaultdict(list)
+    """One HTML file: plots and tables by device and subject, and what was measured on."""
+    by_device: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        by_device[record.device].append(record)
-    parts = ["<h1>gemcut: measurements</h1>"]
-    for device, some in sorted(by_device.items()):
-        parts.append(f"<h2>{html.escape(device)}</h2>")
-        some.sort(key=lambda record: IN_README.index(record.name) if record.name in IN_README else 99)
-        parts += [_section(record) for record in some]
+        by_device[record.device][record.subject].append(record)
+    parts = [
+        "<h1>gemcut: measurements</h1>",
+        "<p>Every time stands beside its floor: the bytes and products that the work needs at least, at the "
+        "rates of a large copy and a large product, measured in the same run. <i>Of the roofline</i> is "
+        "floor / time. p20 and p80 are fifths of the repetitions.</p>",
+    ]
+    for number, (device, subjects) in enumerate(sorted(by_device.items())):
+        order = [subject for subject in TITLES if subject in subjects]
+        links = "".join(f'<a href="#{subject}-{number}">{TITLES[subject]}</a>' for subject in order)
+        parts.append(f"<h2>{html.escape(device)}</h2>\n<nav>{links}</nav>")
+        for subject in order:
+            parts.append(f'<h3 id="{subject}-{number}">{TITLES[subject]}</h3>')
+            parts.append(_section(sorted(subjects[subject], key=_place)))
     body = "\n".join(parts)
     return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>gemcut: measurements</title>'
-        f"<style>{STYLE}</style>\n{body}\n</html>\n"
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>gemcut: measurements</title><style>{STYLE}</style>\n{body}\n</html>\n"
     )
 
 
-def _section(record: Record) -> str:
-    parts = [f"<h3>{html.escape(record.name)}</h3>"]
-    plot = _plot(record)
-    if plot:
-        parts.append(plot)
-    parts += [_html_table(table) for table in tables(record)]
-    parts.append(f'<p class="note">{_code(_source(record))}</p>')
-    settings = {"engines": record.facts.get("engines"), "settings": record.facts.get("settings")}
-    rows = "".join(
-        f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in settings.items() if value
-    )
-    if rows:
-        parts.append(f"<details><summary>Settings</summary><dl>{rows}</dl></details>")
-    return "\n".join(parts)
+def _place(record: Record) -> tuple[int, str]:
+    """Ours before others, comparisons last."""
+    return IN_README.index(record.name) if record.name in IN_README else len(IN_README), record.name
+
+
+def _section(records: Sequence[Record]) -> str:
+    """All records of one subject. Engines that were measured one after another share a plot."""
+    apart = [record for record in records if not record.name.endswith("-compare")]
+    plotted = [apart, *([record] for record in records if record not in apart)]
+    parts = ["\n".join(_plots(some)) for some in plotted if some]
+    for record in records:
+        parts += [_table(table, record) for table in tables(record)]
+        parts.append(f'<p class="note">{_code(_source(record))}</p>')
+        parts.append(_environment(record))
+    return "\n".join(part for part in parts if part)
+
+
+def _table(table: Table, record: Record) -> str:
+    """With the model in its title, and without a column that says nothing."""
+    table = _without_sole_engine(table)
+    if record.subject in FOLDED:
+        return _folded(table.title, Table("", table.header, table.rows))
+    model = f": {record.facts['model']}, {record.facts['weights']} weights" if "model" in record.facts else ""
+    return _html_table(Table(table.title + model, table.header, table.rows))
+
+
+def _environment(record: Record) -> str:
+    """The settings, and what each engine really ran with."""
+    facts = {name: record.facts[name] for name in ("settings", "engines") if record.facts.get(name)}
+    rows = [(name, str(value)) for name, value in _flat(facts)]
+    if not rows:
+        return ""
+    return _folded("Settings and environment", Table("", ("setting", "value"), rows))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, with dots in their names; what is not set is left out."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif value is not None and value != {}:
+        yield name, value
 
 
 def _code(text: str) -> str:
@@ -161,45 +216,92 @@ def _html_table(table: Table) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(row(cells, "td") for cells in table.rows)
-    caption = html.escape(table.title)
-    return f"<table><caption>{caption}</caption>\n{row(table.header, 'th')}\n{body}\n</table>"
+    caption = f"<caption>{html.escape(table.title)}</caption>\n" if table.title else ""
+    return f'<div class="wide"><table>{caption}{row(table.header, "th")}\n{body}\n</table></div>'
 
 
-def _plot(record: Record) -> str:
-    """Latency over size beside its floor, or nothing for a subject without a size."""
-    if record.subject == "prefill":
-        return _lines(record.results, "tokens", "wall", "tokens of the prompt", "ms to the first token")
-    if record.subject == "decode":
-        return _lines(record.results, "batch", "step", "sequences", "ms a step")
-    return ""
+def _folded(title: str, table: Table) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{_html_table(table)}</details>"
 
 
-def _lines(results: Sequence[Mapping[str, Any]], size: str, time: str, x: str, y: str) -> str:
+# ---- plots
+
+FIFTHS = ("median", "p20", "p80")
+Curve = dict[int, tuple[float, float, float]]  # those of a time or rate, by size
+
+
+def _plots(records: Sequence[Record]) -> list[str]:
+    """Times over size beside their floor, and for decode the tokens a second; none without a size."""
+    results = [result for record in records for result in record.results]
+    if not results or records[0].subject not in ("prefill", "decode"):
+        return []
+    if records[0].subject == "prefill":
+        wall = _curves(results, "tokens", lambda r: r["wall"])
+        figures = [_lines(wall, _floors(results, "tokens"), "tokens of the prompt", "ms to the first token")]
+    else:
+        steps = _curves(results, "batch", lambda r: r["step"] or dict.fromkeys(FIFTHS, r["slope"]))
+        floors = _floors(results, "batch")
+        figures = [
+            _lines(steps, floors, "sequences", "ms a step"),
+            _lines(
+                {engine: _rate(curve) for engine, curve in steps.items()},
+                _rate(floors),
+                "sequences",
+                "tokens a second",
+            ),
+        ]
+    return [f'<div class="plots">{"".join(figures)}</div>']
+
+
+def _curves(
+    results: Sequence[Mapping[str, Any]], size: str, time: Callable[[Mapping[str, Any]], Mapping[str, float]]
+) -> dict[str, Curve]:
+    """By engine, in milliseconds."""
+    found: dict[str, Curve] = defaultdict(dict)
+    for result in results:
+        median, p20, p80 = (time(result)[name] for name in FIFTHS)
+        found[result["engine"]][result[size]] = median, p20, p80
+    return found
+
+
+def _floors(results: Sequence[Mapping[str, Any]], size: str) -> Curve:
+    return {result[size]: (result["floor"], result["floor"], result["floor"]) for result in results}
+
+
+def _rate(curve: Curve) -> Curve:
+    """Tokens a second, of milliseconds a step of so many sequences."""
+    return {
+        batch: (batch / median * 1e3, batch / p20 * 1e3, batch / p80 * 1e3)
+        for batch, (median, p20, p80) in curve.items()
+    }
+
+
+def _lines(curves: Mapping[str, Curve], floors: Curve, x: str, y: str) -> str:
+    """An SVG, the same bytes each time."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, ScalarFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator
     except ImportError:
         raise ConfigError("The report's plots need matplotlib: pip install 'gemcut[bench]'.") from None
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for engine in dict.fromkeys(r["engine"] for r in results):
-        own = [r for r in results if r["engine"] == engine]
-        sizes = [r[size] for r in own]
-        axes.plot(sizes, [r[time]["median"] for r in own], marker="o", label=engine)
-        axes.fill_between(sizes, [r[time]["p20"] for r in own], [r[time]["p80"] for r in own], alpha=0.2)
-    floors = {r[size]: r["floor"] for r in results}
-    axes.plot(list(floors), list(floors.values()), color="black", linestyle="--", label="roofline")
+    for engine, curve in curves.items():
+        sizes = sorted(curve)
+        median, p20, p80 = zip(*(curve[each] for each in sizes), strict=True)
+        axes.plot(sizes, median, marker="o", label=engine)
+        axes.fill_between(sizes, p20, p80, alpha=0.2)
+    sizes = sorted(floors)
+    axes.plot(sizes, [floors[each][0] for each in sizes], color="black", linestyle="--", label="roofline")
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-    axes.set_xticks(list(floors), [f"{value:,}" for value in floors])
+    axes.set_xticks(sizes, [f"{value:,}" for value in sizes])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
     out = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "gemcut", "svg.fonttype": "none"}
-    ):  # the same bytes each time
+    with matplotlib.rc_context({"svg.hashsalt": f"gemcut {y}", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemcut.bench import prefill, report
+from gemcut.bench import decode, prefill, report
 from gemcut.bench.records import Record
 from gemcut.bench.timing import Ceilings, Times
 from gemcut.cli import main
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TOKENS = (16, 256)
 
 
-def record(*engines: str) -> Record:
+def record(*engines: str, peer: str = "") -> Record:
     rows = [
         prefill.Row(tokens, engine, 1.0, Times(tokens / 8, tokens / 9, tokens / 7), None, 8 / tokens)
         for tokens in TOKENS
@@ -33,7 +33,20 @@ def record(*engines: str) -> Record:
         command="gemcut bench prefill --model '<b>'",
         facts={"model": "31B", "weights": "random"},
         notes=["left out: 512 tokens"],
+        peer=peer,
     )
+
+
+def decode_record() -> Record:
+    """One engine whose steps are seen, one whose steps are not."""
+    common = {"cached": 1024, "new_tokens": 128, "floor": 2.0, "device": None, "experts": None, "share": 0.5}
+    rows = [
+        decode.Row(batch=batch, engine=engine, slope=4.0, step=step, **common)
+        for batch in (1, 8)
+        for engine, step in (("gemcut", Times(4.0, 3.9, 4.1)), ("sglang", None))
+    ]
+    facts = {"model": "31B", "weights": "random", "settings": {"graphs": "<auto>", "kv_bytes": None}}
+    return Record.of("decode", torch.device("cpu"), None, rows, command="gemcut bench decode", facts=facts)
 
 
 def test_the_readme_is_what_the_records_say() -> None:
@@ -90,6 +103,28 @@ def test_the_page_has_a_plot_a_table_and_no_markup_from_outside() -> None:
     assert "<b>" not in page
     assert "&lt;b&gt;" in page
     assert not re.search(r'(src|href)="http', page), "the page needs no network"
+
+
+def test_engines_measured_one_after_another_share_a_plot() -> None:
+    page = report.page([record("vllm", peer="vllm"), record("gemcut")])
+    assert page.count("<svg") == 1
+    assert page.count("<table>") == 2
+    assert page.index("gemcut bench prefill") < page.rindex("<td>vllm</td>")  # ours comes first
+    assert ">gemcut</text>" in page
+    assert ">vllm</text>" in page
+
+
+def test_decode_has_a_plot_of_tokens_a_second_too() -> None:
+    page = report.page([decode_record()])
+    assert page.count("<svg") == 2
+    assert ">tokens a second</text>" in page
+    assert "<tr><td>8</td><td>sglang</td><td>2.00</td><td>-</td><td>-</td><td>-</td><td>4.00</td>" in page
+
+
+def test_settings_are_a_table_of_what_is_set() -> None:
+    page = report.page([decode_record()])
+    assert "<td>settings.graphs</td><td>&lt;auto&gt;</td>" in page
+    assert "kv_bytes" not in page
 
 
 def test_the_command_writes_both(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def test_mmmu_pro_asked_directly() -> None:
     )
     assert content(vision)[1] == (
         "Answer with the option letter from the given choices directly. The last line of your response "
-        "should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of options."
+        "should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of "
+        "options."
     )
     assert task.choices == {"form": "direct"}
     assert task.mark(standard, Reply(text="J")).points == 1
