@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemcut.kernels import Backend, grouped_glu, grouped_linear, linear, paged_attention, tower_attention
+from gemcut.kernels.attention import hopper
 from gemcut.kernels.attention import triton as attention
 from gemcut.kernels.attention.cases import MIXED, TINY_FULL, TINY_SLIDING, Heads, Row
 from gemcut.kernels.attention.cases import case as attention_case
@@ -72,6 +73,23 @@ def test_attention_over_pools_that_need_wide_offsets(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(attention, "WIDE_POOL", 0)
     agrees(attention_case("mixed", TINY_SLIDING, *MIXED, padding=3))
     agrees(attention_case("decode", TINY_FULL, Row(1, 70), Row(1, 3)))
+
+
+def test_attention_by_hand_serves_large_causal_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "is_hopper", lambda _: True)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, pages, spans = empty(257, 16, 512), empty(3, 64, 2, 512), empty(257, 2, dtype=torch.int32)
+    assert hopper.serves(q, pages, None, None)
+    assert hopper.serves(q.half(), empty(3, 128, 16, 512), None, None)
+    assert not hopper.serves(q[:256], pages, None, None)
+    assert not hopper.serves(q, pages, spans, None)
+    assert not hopper.serves(q, pages, None, 1024)
+    assert not hopper.serves(q, empty(3, 32, 2, 512), None, None)
+    assert not hopper.serves(q.float(), pages.float(), None, None)
+    assert not hopper.serves(empty(8192, 16, 256), empty(3, 64, 2, 256), None, None)
 
 
 def test_attention_needs_powers_of_two() -> None:

@@ -156,6 +156,10 @@ def _attend_chunks(
     ROWS: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
+    """A program takes one KV head and BLOCK / GROUP tokens with all their query heads of it.
+
+    k_tiles, v_tiles: descriptors of the pools [places, KV_HEADS * HEAD], BLOCK keys of one head a copy.
+    """
     after_previous(OVERLAP)
     GROUP: gl.constexpr = Q_HEADS // KV_HEADS
     BLOCK_T: gl.constexpr = BLOCK // GROUP
