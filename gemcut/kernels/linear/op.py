@@ -14,14 +14,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, *, backend: Backend) -> torch.
     check_activation("linear", "x", x, 2)
     check("linear", "weight", weight, (None, x.shape[1]), x.dtype, x.device)
     if backend.kernels == "triton":
-        from gemcut.kernels.linear import streamed
+        from gemcut.kernels.linear import hopper
         from gemcut.kernels.linear import triton as implementation
 
         if backend.deterministic:
             return implementation.linear(x, weight)
         if x.shape[0] == 1:
             return implementation.single(x, weight)
-        if streamed.streams(x, weight):
-            return streamed.streamed(x, weight)
+        if hopper.serves(x, weight):
+            return hopper.streamed(x, weight)
     # for many rows cuBLAS is as good as it gets
     return product(x, weight, backend.deterministic)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemcut.kernels import Backend, linear
-from gemcut.kernels.linear import streamed
+from gemcut.kernels.linear import hopper
 
 TRITON = Backend("triton")
 
@@ -16,11 +16,11 @@ on_hopper = pytest.mark.skipif(
 
 
 def test_the_shapes_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "_has_warp_groups", lambda _: True)
+    monkeypatch.setattr(hopper, "is_hopper", lambda _: True)
 
     def serves(count: int, outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> bool:
         x = torch.empty(count, inputs, dtype=dtype, device="meta")
-        return streamed.streams(x, torch.empty(outputs, inputs, dtype=dtype, device="meta"))
+        return hopper.serves(x, torch.empty(outputs, inputs, dtype=dtype, device="meta"))
 
     assert [count for count in (0, 1, 2, 63, 64, 65, 8192) if serves(count, 2816, 2112)] == [2, 63, 64]
     for outputs, inputs in ((8192, 2816), (2816, 4096), (2816, 8192), (4224, 2816), (2816, 2112)):
@@ -38,7 +38,7 @@ def test_the_shapes_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here, not interpreted")
 def test_the_interpreter_does_without() -> None:
     x, weight = torch.empty(8, 2112, dtype=torch.bfloat16), torch.empty(2816, 2112, dtype=torch.bfloat16)
-    assert not streamed.streams(x, weight)
+    assert not hopper.serves(x, weight)
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def draw(*shape: int) -> torch.Tensor:
 def test_bits_do_not_depend_on_time(count: int) -> None:
     """Whichever program of a tile is the last, eager or replayed, beside other work: the same sum."""
     x, weight, other = draw(count, 4096), draw(2816, 4096), draw(8192, 4096)
-    assert streamed.streams(x, weight)
+    assert hopper.serves(x, weight)
     want = linear(x, weight, backend=TRITON)
     linear(x, other, backend=TRITON)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The dense product of 2 to 64 rows on Hopper: it reads the weight, and all else hides behind that.
+"""The dense product of 2 to 64 rows on Hopper: it reads the weight, and all else hides behind that (Gluon).
 
 A program takes 64 outputs. Their weights are the left operand of the matrix unit, the rows, padded to 8, 16,
 32 or 64, the right one; both come by the copy engine through a ring in shared memory. The ring is full of
@@ -16,7 +16,6 @@ from functools import cache
 
 import torch
 import triton
-from triton import knobs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,15 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gemcut.kernels.overlap import after_previous, overlap
+from gemcut.kernels.overlap import after_previous, is_hopper, overlap
 
 MOST_ROWS = 64
 FEWEST_INPUTS = 2048  # measured from 2112 on
 TILE, STEP = 64, 128  # outputs and inputs: 16 KB of weights
-PROCESSORS, FEWEST_PROGRAMS = 132, 88  # an H100's; with fewer at work nobody measured, with more they wait
+PROCESSORS, FEWEST_PROGRAMS = 132, 88  # all programs at once, and at least two thirds of an H100 at work
 
 
-def streams(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `streamed` serves this product: by its shapes and dtype alone. x: [T, K]; weight: [N, K]."""
     tiles, parts = _divide(weight)
     inputs = weight.shape[1]
@@ -46,7 +45,7 @@ def streams(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and inputs >= FEWEST_INPUTS
         and inputs % 8 == 0  # the copy engine wants rows at multiples of 16 bytes
         and x.element_size() == 2
-        and _has_warp_groups(x.device)
+        and is_hopper(x.device)
     )
 
 
@@ -56,17 +55,8 @@ def _divide(weight: torch.Tensor) -> tuple[int, int]:
     return tiles, 2 if 2 * tiles <= PROCESSORS else 1
 
 
-@cache
-def _has_warp_groups(device: torch.device) -> bool:
-    """Whether the device has Hopper's matrix instructions. Without a device kernels are compiled for it; the
-    interpreter does not know them."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) == (9, 0)
-    return not knobs.runtime.interpret
-
-
 def streamed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T of a few rows. x: [T, K]; weight: [N, K], as `streams` wants them. Returns [T, N]."""
+    """x W^T of a few rows. x: [T, K]; weight: [N, K], as `serves` wants them. Returns [T, N]."""
     count, inputs = x.shape
     outputs = weight.shape[0]
     rows = max(8, triton.next_power_of_2(count))
