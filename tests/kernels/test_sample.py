@@ -111,6 +111,35 @@ def test_frequencies_are_the_distributions(settings: dict[str, Any]) -> None:
     assert square <= freedom + 4 * np.sqrt(2 * freedom)  # a chance of about 1 in 10,000; the seed is fixed
 
 
+@pytest.mark.parametrize("max_top_k", [0, 20, None])
+def test_kernels_give_broken_rows_some_id_and_leave_the_others_alone(max_top_k: int | None) -> None:
+    """Rows of NaN, and with all ids banned; without a GPU the kernels are interpreted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, vocab = 4, 300
+    values = logits(rows, vocab=vocab).to(device)
+    values[1], values[2] = float("nan"), float("-inf")
+
+    def column(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    def tokens(backend: Backend) -> list[int]:
+        return kernels.sample(
+            values,
+            kernels.block_maxima(values, backend=backend),
+            column(0.0 if max_top_k == 0 else 0.9, torch.float32),
+            column(max_top_k or vocab, torch.int64),
+            column(0.9, torch.float32),
+            column(0.0, torch.float32),
+            column(0.3, torch.float64),
+            max_top_k=max_top_k,
+            backend=backend,
+        ).tolist()
+
+    got, want = tokens(Backend("triton")), tokens(TORCH)
+    assert (got[0], got[3]) == (want[0], want[3])
+    assert all(0 <= token < vocab for token in got)
+
+
 def test_random_numbers_are_uniform_and_independent() -> None:
     numbers = np.array([[uniform(seed, index) for index in range(200)] for seed in range(100)])
     assert numbers.min() >= 0.0

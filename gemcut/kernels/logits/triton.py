@@ -31,8 +31,9 @@ def _tanh(x):
 @triton.jit
 def _store_maxima(maxima_ptr, logits, index, blocks, first, V: tl.constexpr):
     """logits, index: [BLOCKS, BLOCK], of which those from V on do not count."""
-    largest = tl.max(tl.where(index < V, logits, float("-inf")), 1)
-    strange = tl.max(((logits != logits) & (index < V)).to(tl.int32), 1)  # a maximum passes over NaN
+    number = logits == logits
+    largest = tl.max(tl.where(number & (index < V), logits, float("-inf")), 1)
+    strange = tl.max((~number & (index < V)).to(tl.int32), 1)
     largest = tl.where(strange > 0, float("nan"), largest)
     block = first + tl.arange(0, logits.shape[0])
     tl.store(maxima_ptr + block, largest, block < blocks)

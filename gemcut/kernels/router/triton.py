@@ -23,21 +23,36 @@ from gemcut.kernels.overlap import after_previous, overlap
 from gemcut.kernels.router.op import Routing
 
 PROGRAMS = 128  # that share one tile's product, or a few tiles'
+EARLY = 32  # up to so many tokens, half as many programs ask for their weights at once, and early
+EARLY_K = 512
 MAX_TILES = 64  # tiles of tokens whose experts are split; more tiles fill the chip without
 
 
 @triton.jit
 def _product(
-    r_ptr, weight_ptr, rows, experts, count, begin, stop,
+    r_ptr, weight_ptr, rows, experts, size, begin, stop,
     H: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BM, BN] in fp32, summed over [begin, stop) of H; rows of padding are not read."""
-    total = tl.zeros([BM, BN], tl.float32)
-    row_mask = (rows < count)[:, None]
+    """Logits [BM, BN] in fp32, summed over [begin, stop) of H. Rows of padding may hold anything.
+
+    EARLY: the first BK weights, often all, are asked for before the kernel that computes r is over.
+    """
+    row_mask = (rows < size)[:, None]
     expert_mask = (experts < E)[None, :]
     inner = tl.arange(0, BK)
     r = r_ptr + rows.to(tl.int64)[:, None] * H + inner[None, :]
     w = weight_ptr + experts[None, :] * H + inner[:, None]
+    total = tl.zeros([BM, BN], tl.float32)
+    if EARLY:
+        inside = inner < stop - begin
+        b = tl.load(w + begin, expert_mask & inside[:, None], other=0.0)
+        after_previous(OVERLAP)
+        a = tl.load(r + begin, row_mask & inside[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        begin += BK
+    else:
+        after_previous(OVERLAP)
     for k in range(begin, stop, BK):
         inside = inner < stop - k
         a = tl.load(r + k, row_mask & inside[None, :], other=0.0)
@@ -75,12 +90,13 @@ def _unpack(keys, EP: tl.constexpr, NARROW: tl.constexpr):
 
 @triton.jit
 def _choose(
-    logits, scale_ptr, rows, tile, count, size,
+    logits, scale, rows, tile, count, size,
     weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
     E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
     ONE_TILE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Top K of each row of rounded logits [BM, EP], their weights, and their places in the order."""
+    """Top K of each row of rounded logits [BM, EP], their weights, and their places in the order.
+    scale: [EP]."""
     expert = tl.arange(0, EP)[None, :]
     slot = tl.arange(0, KP)[None, :]
     real = rows < count
@@ -102,11 +118,10 @@ def _choose(
     chosen_experts = tl.where(slot < K, chosen_experts, 0)
     chosen_logits = tl.where(slot < K, chosen_logits, float("-inf"))
     probability = tl.exp(chosen_logits - top[:, None]) / mass[:, None]
-    slots = slot < K
-    scale = tl.load(scale_ptr + chosen_experts, slots, other=0.0).to(tl.float32)
+    scale = tl.gather(tl.broadcast_to(scale[None, :], logits.shape), chosen_experts, 1)
     weight = probability / tl.sum(probability, 1)[:, None] * scale
     pair = rows.to(tl.int64)[:, None] * K + slot
-    written = within[:, None] & slots
+    written = within[:, None] & (slot < K)
     # rows of padding: any distinct experts and no weight
     weight = tl.where(real[:, None], weight, 0.0)
     chosen_experts = tl.where(real[:, None], chosen_experts, slot)
@@ -139,42 +154,43 @@ def _route(
     weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr, size,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, ONE_TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    after_previous(OVERLAP)
     tile = tl.program_id(0)
     rows = tile * BM + tl.arange(0, BM)
-    count = tl.load(count_ptr)
     BN: tl.constexpr = EP // SPLIT
     part = tl.program_id(1) % SPLIT
     piece = tl.program_id(1) // SPLIT
     experts = part * BN + tl.arange(0, BN)
     NARROW: tl.constexpr = r_ptr.dtype.element_ty.primitive_bitwidth == 16 and EP <= 0x2000
-    WIDTH: tl.constexpr = (H + PIECES * BK - 1) // (PIECES * BK) * BK
     begin = piece * WIDTH
+    everyone = tl.arange(0, EP)
+    scale = tl.load(scale_ptr + everyone, everyone < E, other=0.0).to(tl.float32)
     logits = _product(
-        r_ptr, weight_ptr, rows, experts, count, begin, tl.minimum(begin + WIDTH, H), H, E, BM, BN, BK
-    )
+        r_ptr, weight_ptr, rows, experts, size, begin, tl.minimum(begin + WIDTH, H),
+        H, E, BM, BN, BK, EARLY, OVERLAP,
+    )  # fmt: skip
+    count = tl.load(count_ptr)
     if SPLIT * PIECES == 1:
         _choose(
-            logits.to(r_ptr.dtype.element_ty).to(tl.float32), scale_ptr, rows, tile, count, size,
+            logits.to(r_ptr.dtype.element_ty).to(tl.float32), scale, rows, tile, count, size,
             weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
             E, K, EP, KP, BM, ONE_TILE, NARROW,
         )  # fmt: skip
     else:
         at = logits_ptr + tile * (PIECES * BM * EP) + tl.arange(0, BM)[:, None] * EP
-        tl.store(at + piece * (BM * EP) + experts[None, :], logits)
+        within = (rows < size)[:, None]
+        tl.store(at + piece * (BM * EP) + experts[None, :], logits, within)
         tl.debug_barrier()  # all threads' stores come before the arrival that publishes them
         arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
         if arrived & (SPLIT * PIECES - 1) == SPLIT * PIECES - 1:
             tl.debug_barrier()
-            everyone = tl.arange(0, EP)[None, :]
             whole = tl.zeros([BM, EP], tl.float32)
             for i in tl.static_range(PIECES):
                 # .cg: past this multiprocessor's L1, which other programs' stores do not reach
-                whole += tl.load(at + i * (BM * EP) + everyone, cache_modifier=".cg")
+                whole += tl.load(at + i * (BM * EP) + everyone[None, :], within, 0.0, cache_modifier=".cg")
             _choose(
-                whole.to(r_ptr.dtype.element_ty).to(tl.float32), scale_ptr, rows, tile, count, size,
+                whole.to(r_ptr.dtype.element_ty).to(tl.float32), scale, rows, tile, count, size,
                 weights_ptr, experts_ptr, order_ptr, offsets_ptr, ranks_ptr, counts_ptr,
                 E, K, EP, KP, BM, ONE_TILE, NARROW,
             )  # fmt: skip
@@ -244,8 +260,11 @@ def route_experts(
     # from 64 tiles on, reading r once counts for more than filling the chip
     split = 1 if tiles > MAX_TILES or backend.deterministic else min(8, padded // 16)
     pieces = 1
-    while split > 1 and 2 * pieces * split * tiles <= PROGRAMS:
+    early = split > 1 and size <= EARLY
+    while split > 1 and 2 * pieces * split * tiles <= (PROGRAMS // 2 if early else PROGRAMS):
         pieces *= 2
+    block_k = 64 if r.element_size() == 4 else EARLY_K if early else 128
+    unit = 32 if early else block_k  # of a piece's width; wide loads begin there
     weights = torch.empty(size, top_k, dtype=torch.float32, device=device)
     experts = torch.empty(size, top_k, dtype=torch.int64, device=device)
     order = torch.empty(size * top_k, dtype=torch.int64, device=device)
@@ -261,8 +280,10 @@ def route_experts(
         r, weight, per_expert_scale, count, logits, arrivals,
         weights, experts, order, offsets, ranks, counts, size,
         hidden, num_experts, top_k, padded, triton.next_power_of_2(top_k),
-        tile, 128 if r.element_size() == 2 else 64, split, pieces, tiles == 1,
-        num_warps=8 if tile == 64 else 4, num_stages=5 if split > 1 else 3, **overlap(device),
+        tile, block_k, split, pieces, tiles == 1,
+        triton.cdiv(hidden, pieces * unit) * unit, early,
+        num_warps=8 if tile == 64 else 4, num_stages=2 if early else 5 if split > 1 else 3,
+        **overlap(device),
     )  # fmt: skip
     if tiles > 1:
         _order[(tiles,)](

@@ -1,6 +1,7 @@
 """Sampling: greedy, bounded top-k and unbounded, over a tiny vocabulary and the released one.
 
-Logits lie on a coarse grid, so that ties are everywhere; one row is banned but for a few ids.
+Logits lie on a coarse grid, so that ties are everywhere; one row is banned but for a few ids. Where rows are
+`flat`, one is all ties, and another has more likely tokens than a list holds.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from gemcut.kernels.logits.op import block_maxima
 from gemcut.kernels.sample.op import sample
 
 
-def _inputs(rows: int, vocab: int, max_top_k: int | None) -> MakeInputs:
+def _inputs(rows: int, vocab: int, max_top_k: int | None, flat: bool) -> MakeInputs:
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         def uniform(*shape: int) -> torch.Tensor:
             return torch.rand(shape, generator=generator, device=device)
 
         logits = torch.randn(rows, vocab, generator=generator, device=device) * 4
         logits = (logits * 8).round() / 8
+        if flat:
+            logits[3] = 1.0
+            logits[4] /= 64
         temperature = 0.5 + uniform(rows)
         top_k = torch.full((rows,), vocab, dtype=torch.int64, device=device)
         if max_top_k:
@@ -49,11 +53,11 @@ def _inputs(rows: int, vocab: int, max_top_k: int | None) -> MakeInputs:
     return make
 
 
-def _case(rows: int, vocab: int, max_top_k: int | None, full_size: bool = False) -> Case:
+def _case(rows: int, vocab: int, max_top_k: int | None, full_size: bool = False, flat: bool = False) -> Case:
     return Case(
-        name=f"R={rows} V={vocab} max_top_k={max_top_k}",
+        name=f"R={rows} V={vocab} max_top_k={max_top_k}{' flat' * flat}",
         operation=sample,
-        make_inputs=_inputs(rows, vocab, max_top_k),
+        make_inputs=_inputs(rows, vocab, max_top_k, flat),
         outputs=("tokens",),
         exact=("tokens",),
         bytes=4 * rows * vocab,
@@ -69,8 +73,12 @@ CASES = (
     _case(4, 9000, 64),
     _case(4, 9000, 1000),
     _case(4, 320, None),
+    _case(6, 9000, 64, flat=True),
+    _case(6, 9000, 3000, flat=True),
+    _case(6, 9000, None, flat=True),
     *(_case(rows, 262144, 0, full_size=True) for rows in (1, 64)),
     *(_case(rows, 262144, 64, full_size=True) for rows in (1, 64)),
     *(_case(rows, 262144, 1024, full_size=True) for rows in (1, 64)),
-    _case(64, 262144, None, full_size=True),
+    *(_case(rows, 262144, None, full_size=True) for rows in (1, 64)),
+    *(_case(6, 262144, max_top_k, full_size=True, flat=True) for max_top_k in (64, 1024, None)),
 )
