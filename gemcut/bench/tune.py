@@ -29,6 +29,7 @@ from gemcut.kernels.attention.cases import CASES as ATTENTION
 from gemcut.kernels.case import Case, widen
 from gemcut.kernels.experts import triton as experts
 from gemcut.kernels.experts.cases import CASES as EXPERTS
+from gemcut.kernels.tower_attention import hopper as tower_hopper
 from gemcut.kernels.tower_attention import triton as tower
 from gemcut.kernels.tower_attention.cases import CASES as TOWER
 from gemcut.kernels.tuned import enter, table, table_path
@@ -134,8 +135,16 @@ PICTURES = (
     tower.Config(64, 128, 4, 2),
     tower.Config(64, 32, 4, 4),
 )
+# where the kernel for Hopper serves, beside those above
+HOPPER_PICTURES = (
+    tower_hopper.Config(3, 128, 4),
+    tower_hopper.Config(3, 64, 6),
+    tower_hopper.Config(4, 64, 8),
+    tower_hopper.Config(2, 64, 6),
+    tower_hopper.Config(2, 128, 4),
+)
 
-Config = attention.ChunkConfig | attention.SingleConfig | experts.Config | tower.Config
+Config = attention.ChunkConfig | attention.SingleConfig | experts.Config | tower.Config | tower_hopper.Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +170,8 @@ class Timing:
 def place(case: Case, inputs: Mapping[str, Any]) -> Place:
     """The table entry that the case's call reads."""
     if "q" in inputs and "starts" in inputs:
-        return Place(tower.__file__, tower.shape_key(inputs["q"]), 0, PICTURES)
+        candidates = PICTURES + HOPPER_PICTURES if tower_hopper.serves(inputs["q"]) else PICTURES
+        return Place(tower.__file__, tower.shape_key(inputs["q"]), 0, candidates)
     if "q" in inputs:
         q, kv_heads, rows = inputs["q"], inputs["k_pages"].shape[2], inputs["seq_lens"].shape[0]
         if q.shape[0] == rows:

@@ -16,6 +16,7 @@ from gemcut.kernels.case import Case
 from gemcut.kernels.experts import triton as experts
 from gemcut.kernels.experts.cases import case as experts_case
 from gemcut.kernels.router.op import Routing
+from gemcut.kernels.tower_attention import hopper as tower_hopper
 from gemcut.kernels.tower_attention import triton as tower
 from gemcut.kernels.tower_attention.cases import case as tower_case
 from gemcut.kernels.tuned import enter, tuned
@@ -138,8 +139,31 @@ def test_tower(config: tower.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(tower_case(30, 1, head=16))
 
 
-def test_tower_patches_of_no_picture_are_zero() -> None:
-    inputs = inputs_of(tower_case(9, 36))
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter does not know Hopper's instructions")
+@pytest.mark.parametrize(
+    "config",
+    [tower_hopper.Config(2, 64, 4), tower_hopper.Config(3, 128, 4), tower_hopper.Config(4, 64, 2)],
+    ids=str,
+)
+def test_tower_on_hopper(config: tower_hopper.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not tower_hopper.serves(torch.empty(1, 2, 72, dtype=DTYPE, device=DEVICE)):
+        pytest.skip("not a Hopper GPU")
+    monkeypatch.setattr(tower, "find_config", lambda _: config)
+    agrees(tower_case(36, 0, 71, 9, 700, 128, 193, head=72))
+
+
+@pytest.mark.parametrize("head", [16, 72])
+def test_a_picture_gets_the_same_bits_alone(head: int) -> None:
+    inputs = inputs_of(tower_case(9, 75, 30, head=head))
+    among = tower_attention(**inputs, backend=TRITON)[9:84]
+    alone = {name: inputs[name][9:84].contiguous() for name in "qkv"}
+    starts = torch.tensor([0, 75], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(tower_attention(**alone, starts=starts, backend=TRITON), among)
+
+
+@pytest.mark.parametrize("head", [16, 72])
+def test_tower_patches_of_no_picture_are_zero(head: int) -> None:
+    inputs = inputs_of(tower_case(9, 36, head=head))
     for name in "qkv":
         inputs[name][40:] = float("nan")
     inputs["starts"][-1] = 40

@@ -1,6 +1,7 @@
 """Attention within each picture on a GPU. A head size like 72 is a part of 64 and one of 16, eight unused:
 two products instead of one twice as wide. Tiles lie at fixed places of their picture, so that what a
-picture gets does not depend on the others."""
+picture gets does not depend on the others. Hopper has a kernel of its own for such heads, in hopper.py.
+"""
 
 # triton types neither launches nor constants
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
@@ -18,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gemcut.kernels.overlap import after_previous, copies_tiles, overlap
 from gemcut.kernels.ragged import count_tiles, find_tile
 from gemcut.kernels.softmax import soften
+from gemcut.kernels.tower_attention import hopper
 from gemcut.kernels.tuned import tuned
 
 
@@ -39,6 +41,8 @@ def tower_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: t
     if count == 0:
         return out
     config = find_config(q)
+    if isinstance(config, hopper.Config):
+        return hopper.tower_attention(q, k, v, starts, config)
     # every picture may end in a tile that is not full, and so may the padding behind the last
     tiles = triton.cdiv(count, config.block_m) + min(pictures + 1, count)
     main = max(16, 1 << (head.bit_length() - 1))
@@ -78,11 +82,14 @@ def shape_key(q: torch.Tensor) -> str:
     return f"D={q.shape[2]} {str(q.dtype).removeprefix('torch.')}"
 
 
-def find_config(q: torch.Tensor) -> Config:
+def find_config(q: torch.Tensor) -> Config | hopper.Config:
+    """Which kernel serves q [N, heads, D], and how."""
     # one entry whatever the count: tiles must lie at the same places in every batch
     fields = tuned(__file__, shape_key(q), 0, q.device)
     if fields is not None:
-        return Config(**fields)
+        return hopper.Config(**fields) if "groups" in fields else Config(**fields)
+    if hopper.serves(q):
+        return hopper.Config(groups=3, block_n=128, stages=4)
     if q.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
         return Config(32, 32, warps=4, stages=1)
     return Config(128, 64, warps=8, stages=3)
