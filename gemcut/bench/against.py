@@ -37,29 +37,29 @@ class Kind:
     """What there is to know of an engine before it starts.
 
     marks: files of its package that a version with Gemma 4 has; the last one for pictures. subjects: of
-    `gemcut bench`, that it can be measured by.
+    `gemcut bench`, that it can be measured by. source: the versions whose code was read.
     """
 
     subjects: tuple[str, ...]
     marks: tuple[str, ...]
-    tried: str
+    source: str
 
 
 KINDS: dict[PeerName, Kind] = {
     "transformers": Kind(
         subjects=("prefill", "decode"),
         marks=("models/gemma4/modeling_gemma4.py",),
-        tried="5.17 and 5.23",
+        source="5.17 and 5.23",
     ),
     "vllm": Kind(
         subjects=("prefill", "decode", "vision", "batch"),
         marks=("model_executor/models/gemma4.py", "model_executor/models/gemma4_mm.py"),
-        tried="0.33.0, by its source",
+        source="0.33.0",
     ),
     "sglang": Kind(
         subjects=("prefill", "decode", "vision", "batch"),
         marks=("srt/models/gemma4_causal.py", "srt/models/gemma4_mm.py"),
-        tried="0.5.23, by its source",
+        source="0.5.23",
     ),
 }
 
@@ -84,12 +84,12 @@ def check_peer(name: PeerName, setup: Setup, subjects: Sequence[str]) -> list[st
         raise ConfigError("Both sides get random values, from a config alone: give --random-weights.")
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{name} is not installed: pip install {name} (read: {kind.tried}).")
+        raise ConfigError(f"{name} is not installed: pip install {name}. This was written for {kind.source}.")
     root = Path(next(iter(spec.submodule_search_locations)))
     if not all((root / mark).is_file() for mark in kind.marks):
         raise ConfigError(
-            f"{name} {installed(name)} does not know Gemma 4: pip install --upgrade {name} "
-            f"(read: {kind.tried})."
+            f"{name} {installed(name)} does not know Gemma 4: pip install --upgrade {name}. "
+            f"This was written for {kind.source}."
         )
     return known
 
@@ -134,7 +134,7 @@ def start_peer(
     except Exception as error:
         raise GemcutError(
             f"{name} {installed(name)} did not start: {type(error).__name__}: {error}. "
-            f"What is known to fit is {KINDS[name].tried}."
+            f"This was written for {KINDS[name].source}."
         ) from error
 
 

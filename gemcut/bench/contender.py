@@ -22,8 +22,8 @@ from gemcut.data import POOL, ImagePatches, Prompt, Span, Step, StepResult
 from gemcut.demo import CHECKPOINT
 from gemcut.engine.loop import Job
 from gemcut.engine.model_files import ChatPrompt, ModelFiles
-from gemcut.errors import ConfigError, GemcutError
-from gemcut.hub import read_config
+from gemcut.errors import ConfigError, GemcutError, NotFound
+from gemcut.hub import SIZES, read_config
 from gemcut.llm import open_files, start_engine
 from gemcut.models.weight_sources import RandomWeights, SharedWeights, WeightSource
 from gemcut.plan import ModelPlan, parse_config, weight_bytes
@@ -253,9 +253,20 @@ class Setup:
     def files(self) -> ModelFiles:
         if self.random_weights is None:
             return open_files(self.config)
-        _, config = read_config(self.random_weights)
+        config = self.model_config()
         plan = parse_config(config, allow_unknown=self.config.allow_unknown_config)
         return files_without_weights(plan, config.get("dtype"))
+
+    def model_config(self) -> dict[str, Any]:
+        """config.json of the model whose weights are random. Raises NotFound if there is none."""
+        assert self.random_weights is not None, "a checkpoint has its own"
+        try:
+            return read_config(self.random_weights)[1]
+        except NotFound as error:
+            sizes = ", ".join(SIZES)
+            raise NotFound(
+                f"--random-weights {self.random_weights}: {error} It takes one of {sizes} as well."
+            ) from error
 
     def start(self, kv_bytes: int | None = None) -> list[Gemcut]:
         """The engines, on one set of weights; several divide the memory for KV among them. kv_bytes: of

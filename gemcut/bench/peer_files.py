@@ -17,7 +17,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from gemcut.bench.contender import Setup
 from gemcut.data import PATCH, POOL, ImagePatches
 from gemcut.engine.model_files import ChatPrompt
-from gemcut.hub import read_config
 from gemcut.plan import ModelPlan
 
 # controls that a processor of Gemma 4 asks its tokenizer for, and the key of a config that has their id
@@ -38,8 +37,7 @@ ARCHITECTURES = {"gemma4": "Gemma4ForConditionalGeneration", "gemma4_text": "Gem
 
 def write_folder(setup: Setup, folder: Path) -> None:
     """Write config, tokenizer and processor of the model whose weights are to be random."""
-    assert setup.random_weights is not None, "checked by check_peer"
-    _, config = read_config(setup.random_weights)
+    config = setup.model_config()
     if not config.get("architectures") and config.get("model_type") in ARCHITECTURES:
         config["architectures"] = [ARCHITECTURES[config["model_type"]]]
     plan = setup.files().plan

@@ -57,12 +57,12 @@ class Session:
         self.against: PeerName | None = against
         self.pictures = pictures
         self.device, _ = choose_device(setup.config.device)
+        files = setup.files()
         # before the engine takes the memory that a fair copy needs
         self.ceilings = measure_ceilings(self.device)
         tell(f"{device_name(self.device)}: {self.ceilings}")
         self.peer: Peer | None = None
         self.experts: dict[int, float | None] = {}  # by batch, as far as they were counted
-        files = setup.files()
         self.dtype, _ = choose_dtype(setup.config.dtype, files.dtype, self.device)
         self.image_tokens = files.image_tokens
         share = None if against is None else divide(setup, self.device, self.dtype)

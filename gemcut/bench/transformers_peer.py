@@ -12,7 +12,6 @@ import torch
 from gemcut.bench.against import Share
 from gemcut.bench.contender import Setup, Trace, give_back_memory
 from gemcut.engine.model_files import ChatPrompt
-from gemcut.hub import read_config
 from gemcut.models.weight_sources import draw
 from gemcut.plan import tensor_shapes
 
@@ -34,8 +33,7 @@ class Transformers:
         """It takes the memory that it needs, whatever its share; nobody asks it about pictures."""
         import transformers
 
-        assert setup.random_weights is not None, "checked by check_peer"
-        _, config = read_config(setup.random_weights)
+        config = setup.model_config()
         parsed = transformers.AutoConfig.for_model(**config)
         text_only = config.get("model_type") == "gemma4_text"
         model_class: Any = (

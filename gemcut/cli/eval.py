@@ -182,6 +182,7 @@ def eval(
         from gemcut.evaluate.demo import ITEMS
 
         items = ITEMS
+    next(iter(asked.items()), None)  # what is wrong with the data is said before a model is loaded
     longest = max_tokens or asked.max_tokens
     if base_url is not None:
         if compare is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from gemcut.errors import GemcutError
+from gemcut.errors import ConfigError, GemcutError
 from gemcut.evaluate.task import Item, Reply
 from gemcut.llm import AsyncLLM
 from gemcut.outputs import CompletionOutput
@@ -112,6 +112,8 @@ def first_model(base_url: str, key: str | None) -> str:
 
 def call(base_url: str, path: str, body: Any, *, key: str | None, timeout_s: float) -> Any:
     """The JSON that a server answers; a POST if there is a body. Raises GemcutError after the last try."""
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"A base URL begins with http:// or https://, not {base_url!r}.")
     request = urllib.request.Request(
         base_url.rstrip("/") + path,
         data=None if body is None else json.dumps(body).encode(),
@@ -126,6 +128,8 @@ def call(base_url: str, path: str, body: Any, *, key: str | None, timeout_s: flo
                 return json.load(response)
         except urllib.error.HTTPError as error:
             failure = f"answered {error.code}: {error.read(300).decode(errors='replace')}"
+            if error.code == 404 and not base_url.rstrip("/").endswith("/v1"):
+                failure += " (the base URL of most servers ends in /v1)"
             if error.code != 429 and error.code < 500:
                 break  # it would say the same again
         except (OSError, ValueError) as error:
@@ -147,7 +151,10 @@ def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
         packed = io.BytesIO()
         data.save(packed, "PNG")
         data = packed.getvalue()
-    with Image.open(io.BytesIO(data)) as picture:
-        kind = (picture.format or "png").lower()
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            kind = (picture.format or "png").lower()
+    except OSError as error:
+        raise GemcutError(f"A picture of {len(data):,} bytes is of no known format.") from error
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": uri}}

@@ -195,6 +195,7 @@ def compare(
     points = [
         [task.mark(item, reply).points for item, reply in zip(items, side, strict=True)] for side in replies
     ]
+    draws = [item.draw for item in items]
     partings = [
         Parting(
             id=items[i].id,
@@ -213,9 +214,9 @@ def compare(
         task=task.name,
         model=base.model,
         items=len(items),
-        sides=(_side(names[0], first, points[0]), _side(names[1], second, points[1])),
+        sides=(_side(names[0], first, points[0], draws), _side(names[1], second, points[1], draws)),
         agreeing=len(items) - len(partings),
-        difference=Estimate.of([b - a for a, b in zip(*points, strict=True)]),
+        difference=Estimate.of([b - a for a, b in zip(*points, strict=True)], draws),
         partings=partings,
         divergences=[
             *_while_reading(prompts, first.forced, second.forced),
@@ -382,12 +383,12 @@ def _soft_positions(prompt: ChatPrompt) -> set[int]:
     return {position for span in prompt.prompt.spans for position in range(span.start, span.stop)}
 
 
-def _side(name: str, account: _Account, points: Sequence[float]) -> Side:
+def _side(name: str, account: _Account, points: Sequence[float], draws: Sequence[str]) -> Side:
     return Side(
         name=name,
         used=account.used,
         forwards=account.forwards,
-        score=Estimate.of(points),
+        score=Estimate.of(points, draws),
         errors=account.errors,
         wall_s=account.wall_s,
     )

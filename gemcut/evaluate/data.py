@@ -74,7 +74,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
             yield from batch.to_pylist()
     except (pyarrow.lib.ArrowException, OSError) as error:
-        raise GemcutError(f"{path} cannot be read: {error}.") from error
+        raise GemcutError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -85,6 +85,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     row = json.loads(line)
                 except ValueError as error:
                     raise GemcutError(f"{path}, line {number}, is no JSON: {error}.") from error
+                if not isinstance(row, dict):
+                    raise GemcutError(f"{path}, line {number}, holds no JSON object, a row by its columns.")
                 yield {name: _opened(path, cell) for name, cell in row.items()}
 
 

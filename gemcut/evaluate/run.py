@@ -88,6 +88,8 @@ def run(
     assert items != 0, "there is nothing to ask"
     began = time.perf_counter()
     wanted = list(islice(task.items(), items))
+    if not wanted:
+        raise GemcutError(f"{task.name} has no items: its data set is empty.")
     asked = {**asked, **task.choices}
     _check_same(folder, {"task": task.name, **asked})
     held = _held(folder / ANSWERS)
@@ -169,7 +171,7 @@ def _result(
 def _score(outcomes: Sequence[Outcome]) -> Estimate:
     return Estimate.of(
         [outcome.points for outcome in outcomes],
-        [outcome.item.repeats or outcome.item.id for outcome in outcomes],
+        [outcome.item.draw for outcome in outcomes],
     )
 
 

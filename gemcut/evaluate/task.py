@@ -25,6 +25,11 @@ class Item:
     repeats: str | None = None
 
     @property
+    def draw(self) -> str:
+        """What it counts as in a standard error."""
+        return self.repeats or self.id
+
+    @property
     def question(self) -> str:
         """The text of the last message, for those who read the answers."""
         content = self.messages[-1]["content"]

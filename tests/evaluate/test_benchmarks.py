@@ -212,6 +212,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text("{\n")
     with pytest.raises(GemcutError, match="line 1, is no JSON"):
         list(benchmark("gsm8k", tmp_path).items())
+    (tmp_path / "test.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(GemcutError, match="line 1, holds no JSON object"):
+        list(benchmark("gsm8k", tmp_path).items())
     (tmp_path / "test.jsonl").unlink()
     (tmp_path / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(GemcutError, match="cannot be read"):

@@ -83,6 +83,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     refused(2, "eval", "gsm8k", "--no-signs", says="--no-signs")
     refused(2, "eval", "demo", "--base-url", "http://x", "--compare", "a=b", "c=d", says="--base-url")
     refused(2, "eval", "demo", "--temperature", "-1", says="--temperature")
+    # the data is looked at before a model is
+    refused(1, "eval", "gsm8k", "--data", str(tmp_path), "--model", str(tmp_path), says="test.jsonl")
     refused(2, "eval", "mmmu", "--form", "direct", says="--form")
     refused(2, "eval", "mmmu_pro", "--form", "short", says="cot or direct")
     refused(2, "eval", "mmmu_pro", "--orders", "2", says="--orders")

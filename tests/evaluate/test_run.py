@@ -116,6 +116,26 @@ def test_failed_requests_are_left_out_and_asked_again(tmp_path: Path) -> None:
         run(mmmu(), fails, tmp_path / "other", ASKED)
 
 
+def test_an_empty_data_set_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").touch()
+    with pytest.raises(GemcutError, match="mmmu has no items"):
+        run(replace(mmmu(), folder=tmp_path), always_c, tmp_path / "out", ASKED)
+
+
+def test_orders_of_one_question_count_once_in_the_error(tmp_path: Path) -> None:
+    """The first question always right, the second always wrong: two draws, not eight."""
+    gpqa = next(each for each in BENCHMARKS if each.name == "gpqa")
+    gpqa = replace(gpqa, folder=FIXTURES / "gpqa")
+    right = {item.repeats for item in islice(gpqa.items(), 1)}
+
+    def half(item: Item) -> Reply:
+        letter = item.target["letter"] if item.repeats in right else "none"
+        return Reply(text=f"Answer: {letter}")
+
+    score = run(gpqa, half, tmp_path, ASKED).score
+    assert (score.mean, score.error, score.count) == (0.5, pytest.approx(0.5), 8)
+
+
 def test_as_many_questions_as_asked_for_are_under_way(tmp_path: Path) -> None:
     meet = threading.Barrier(3, timeout=20)  # passes only if three come at once
 
@@ -230,6 +250,15 @@ def test_drawn_pictures_travel_as_png(server: str) -> None:
     assert "image_url" in kinds
     assert "image" not in kinds
     assert "chat_template_kwargs" not in Script.seen[0]
+
+
+def test_what_cannot_be_sent_is_an_error(server: str) -> None:
+    content = [{"type": "image", "image": b"no picture"}, {"type": "text", "text": "?"}]
+    item = Item(id="1", group="g", messages=({"role": "user", "content": content},), target={})
+    with pytest.raises(GemcutError, match="10 bytes is of no known format"):
+        ServerAnswerer(base_url=server, model="served", wish=Wish(max_tokens=9))(item)
+    with pytest.raises(ConfigError, match="begins with http"):
+        first_model("127.0.0.1:8000/v1", None)
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server: str) -> None:
