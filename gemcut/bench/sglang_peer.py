@@ -85,6 +85,7 @@ class SGLang:
         )
 
     def close(self) -> None:
+        """It ends every child of this process, whoever started it: the last thing that a run does."""
         self.engine.shutdown()
         self.folder.cleanup()
 

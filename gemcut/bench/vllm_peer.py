@@ -91,6 +91,8 @@ class VLLM:
             engine.add_request(name, prompt, params)
         while engine.has_unfinished_requests():
             outputs = engine.step()
+            if not outputs:
+                continue  # launched ahead: its tokens come with a later call
             now = time.perf_counter()
             trace.most_running = max(trace.most_running, len(outputs))
             later = 0

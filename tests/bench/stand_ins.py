@@ -96,6 +96,7 @@ class LLMEngine:
     def __init__(self, folder: Folder, longest: int) -> None:
         self.folder, self.longest = folder, longest
         self.requests: dict[str, Any] = {}
+        self.calls = 0
 
     def add_request(self, *arguments: Any, **named: Any) -> str:
         given = bound(VLLM["LLMEngine"]["add_request"], arguments, named)
@@ -112,7 +113,10 @@ class LLMEngine:
         return bool(self.requests)
 
     def step(self) -> list[Any]:
-        time.sleep(1e-4)
+        time.sleep(1e-3)
+        self.calls += 1
+        if self.calls % 3 == 1:
+            return []  # it launches ahead, and has nothing to tell yet
         outputs = []
         for name, request in [*self.requests.items()][:MOST]:
             assert request.params.temperature == 0.0

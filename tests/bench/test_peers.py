@@ -78,6 +78,8 @@ def test_a_batch_of_ids(name: PeerName, packages: Path, moe: Gemcut, moe_config:
 def test_the_steps_of_vllm_are_seen(packages: Path, moe: Gemcut, moe_config: Path) -> None:
     trace = started("vllm", moe_config).generate([text_prompt(moe.plan, 20, seed=i) for i in range(3)], 5)
     assert len(trace.step_s) == 4
+    # six calls of a millisecond come after the first token's, two of them with nothing to tell
+    assert 6e-3 <= sum(trace.step_s) <= trace.wall_s - trace.first_token_s[0]
     assert all(0 < first < trace.wall_s for first in trace.first_token_s)
 
 
