@@ -36,7 +36,7 @@ class Peer(Contender, Protocol):
 class Kind:
     """What there is to know of an engine before it starts.
 
-    marks: files of its package that a version with Gemma 4 has; the last one for pictures. subjects: of
+    marks: files of its package that a version with Gemma 4 has, text and pictures. subjects: of
     `gemcut bench`, that it can be measured by. source: the versions whose code was read.
     """
 
