@@ -128,6 +128,7 @@ def _load_queries(
 
 @gluon.jit
 def _store_part(out_ptr, acc, first, stop, head, FROM: gl.constexpr, HEADS: gl.constexpr, HEAD: gl.constexpr):
+    """acc [ROWS, width] to dimensions FROM on of queries first .. stop."""
     layout: gl.constexpr = acc.type.layout
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     dims = FROM + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
@@ -167,9 +168,7 @@ def _fetch(descriptors, ring, full, free, start, stop, column):
 
 
 @gluon.jit
-def _step(
-    step, live, q, q_rest, ring, full, free, acc, acc_rest, best, total, LAST: gl.constexpr
-):  # fmt: skip
+def _step(step, live, q, q_rest, ring, full, free, acc, acc_rest, best, total, LAST: gl.constexpr):
     """The keys of one step, of which the first `live` count; only the LAST step has fewer than all.
 
     Behind a head come dimensions of the next one: those of k meet zeros of q, those of v become columns that
