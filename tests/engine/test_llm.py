@@ -39,8 +39,8 @@ def forced(llm: LLM, text: str, **choices: object) -> RequestOutput:
     engine = llm._engine
     draw = engine.runner.sampler.draw
 
-    def scripted(logits, draws, tensors, masks):
-        sampled = draw(logits, draws, tensors, masks)
+    def scripted(logits, maxima, draws, tensors, masks):
+        sampled = draw(logits, maxima, draws, tensors, masks)
         for row, index in enumerate(draws.indices):
             sampled.tokens[row] = ids[min(index, len(ids) - 1)]
         return sampled
