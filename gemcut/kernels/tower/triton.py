@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,6 @@ import triton.language as tl
 from gemcut.kernels.add_norm.triton import fuses, load_row, rms, rounded, row_shape
 from gemcut.kernels.backend import Backend
 from gemcut.kernels.overlap import after_previous, overlap
-from gemcut.kernels.rope.triton import rotate
 
 BLOCK = 2048  # 4 warps, 16 bytes of pixels a thread
 
@@ -54,63 +51,89 @@ def _add_positions(
 
 
 @triton.jit
-def _load_quarter(pointer, inside, mask):
-    return tl.load(pointer + inside, mask, other=0.0).to(tl.float32)
+def _columns(FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns FIRST on of a head; of each the one it turns with, its angle, and whether it is the lower one.
+
+    Both halves of a head pair their own two quarters of D / 4 (18 of 26B-A4B).
+    """
+    QUARTER: tl.constexpr = D // 4
+    column = FIRST + tl.arange(0, WIDTH)
+    inside = column % (2 * QUARTER)
+    low = inside < QUARTER
+    partner = tl.where(low, column + QUARTER, column - QUARTER)
+    return column, partner, inside % QUARTER, low
+
+
+@triton.jit
+def _load_columns(pointer, columns, live):
+    return tl.load(pointer + columns, live, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _turn(
-    low, high, weight_ptr, rope_ptr, patch, count, quarter, live,
-    dtype: tl.constexpr, QUARTER: tl.constexpr, ROUND: tl.constexpr,
+    x, source, scale, heads, weight_ptr, x_rope_ptr, y_rope_ptr, patch, count, live,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Two normed quarters of heads times the norm's weight, turned by one coordinate's angles."""
-    low_weight = tl.load(weight_ptr + quarter, live, other=0.0).to(tl.float32)[None, :]
-    high_weight = tl.load(weight_ptr + QUARTER + quarter, live, other=0.0).to(tl.float32)[None, :]
-    cos = tl.load(rope_ptr + patch * QUARTER + quarter, live, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(rope_ptr + (count + patch) * QUARTER + quarter, live, other=0.0).to(tl.float32)[None, :]
-    low = rounded(low * low_weight, dtype, ROUND)
-    high = rounded(high * high_weight, dtype, ROUND)
-    return rotate(low, high, cos, sin, dtype, ROUND)
+    """Columns of heads times the norm's scale and weight, turned. Their partners come from L1 once more."""
+    column, partner, angle, low = _columns(FIRST, WIDTH, D)
+    QUARTER: tl.constexpr = D // 4
+    rope_ptr = tl.where(column < D // 2, x_rope_ptr + angle, y_rope_ptr + angle) + patch * QUARTER
+    cos = tl.load(rope_ptr, live, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(rope_ptr + count * QUARTER, live, other=0.0).to(tl.float32)
+    sin = tl.where(low, -sin, sin)[None, :]
+    other = _load_columns(source, heads + partner[None, :], live[None, :])
+    x = rounded(x * scale * _load_columns(weight_ptr, column, live)[None, :], dtype, ROUND)
+    other = rounded(other * scale * _load_columns(weight_ptr, partner, live)[None, :], dtype, ROUND)
+    return rounded(x * cos, dtype, ROUND) + rounded(other * sin, dtype, ROUND)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _prepare_tower_qkv(
     qkv_ptr, q_norm_ptr, k_norm_ptr, x_rope_ptr, y_rope_ptr, q_ptr, k_ptr, v_ptr, count, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    ROUND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """One patch, whole heads in wide loads. A head is a part of MAIN columns and one of REST (64 and 8 of
+    26B-A4B), so that few lanes are idle."""
     after_previous(OVERLAP)
-    # a head is held as four quarters of D / 4 (18 of 26B-A4B): both halves pair their own two quarters
     patch = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1) // (HEADS // TILE)  # 0: q, 1: k, 2: v
-    tile = tl.program_id(1) % (HEADS // TILE)
-    QUARTER: tl.constexpr = D // 4
+    heads = (tl.program_id(1) * TILE + tl.arange(0, TILE))[:, None] * D
     dtype = q_ptr.dtype.element_ty
-    quarter = tl.arange(0, BLOCK)
-    live = quarter < QUARTER
-    mask = live[None, :]
-    inside = (tile * TILE + tl.arange(0, TILE))[:, None] * D + quarter[None, :]
-    source = qkv_ptr + (patch * 3 + part) * (HEADS * D)
-    a = _load_quarter(source, inside, mask)
-    b = _load_quarter(source + QUARTER, inside, mask)
-    c = _load_quarter(source + 2 * QUARTER, inside, mask)
-    d = _load_quarter(source + 3 * QUARTER, inside, mask)
-    squares = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(c * c, 1) + tl.sum(d * d, 1)
-    scale = tl.rsqrt(squares / D + eps)[:, None]
-    a, b, c, d = a * scale, b * scale, c * scale, d * scale
-    out = v_ptr
-    if part < 2:
-        out, weight = k_ptr, k_norm_ptr
+    column = tl.arange(0, MAIN)
+    live = column < D
+    rest = MAIN + tl.arange(0, REST if REST else 1)
+    rest_live = rest < D
+    for part in tl.static_range(3):  # q, k, v
+        source = qkv_ptr + (patch * 3 + part) * (HEADS * D)
+        a = _load_columns(source, heads + column[None, :], live[None, :])
+        squares = tl.sum(a * a, 1)
+        if REST:
+            b = _load_columns(source, heads + rest[None, :], rest_live[None, :])
+            squares += tl.sum(b * b, 1)
+        scale = tl.rsqrt(squares / D + eps)[:, None]
+        out, weight = v_ptr, q_norm_ptr
         if part == 0:
-            out, weight = q_ptr, q_norm_ptr
-        a, b = _turn(a, b, weight, x_rope_ptr, patch, count, quarter, live, dtype, QUARTER, ROUND)
-        weight += 2 * QUARTER
-        c, d = _turn(c, d, weight, y_rope_ptr, patch, count, quarter, live, dtype, QUARTER, ROUND)
-    out += patch * (HEADS * D)
-    tl.store(out + inside, a.to(dtype), mask)
-    tl.store(out + QUARTER + inside, b.to(dtype), mask)
-    tl.store(out + 2 * QUARTER + inside, c.to(dtype), mask)
-    tl.store(out + 3 * QUARTER + inside, d.to(dtype), mask)
+            out = q_ptr
+        if part == 1:
+            out, weight = k_ptr, k_norm_ptr
+        out += patch * (HEADS * D)
+        if part == 2:
+            a *= scale
+        else:
+            a = _turn(
+                a, source, scale, heads, weight, x_rope_ptr, y_rope_ptr, patch, count, live,
+                0, MAIN, D, dtype, ROUND,
+            )  # fmt: skip
+        tl.store(out + heads + column[None, :], a.to(dtype), live[None, :])
+        if REST:
+            if part == 2:
+                b *= scale
+            else:
+                b = _turn(
+                    b, source, scale, heads, weight, x_rope_ptr, y_rope_ptr, patch, count, rest_live,
+                    MAIN, REST, D, dtype, ROUND,
+                )  # fmt: skip
+            tl.store(out + heads + rest[None, :], b.to(dtype), rest_live[None, :])
 
 
 @triton.jit
@@ -163,13 +186,6 @@ def add_positions(
     return x_out, h
 
 
-@cache
-def _tower_shape(heads: int, head: int) -> tuple[int, int, int]:
-    """(heads, columns of a padded quarter, warps) of a program: up to 16 heads, 4 a warp."""
-    tile = min(16, heads & -heads)
-    return tile, triton.next_power_of_2(head // 4), max(1, tile // 4)
-
-
 def prepare_tower_qkv(
     qkv: torch.Tensor,
     q_norm: torch.Tensor,
@@ -183,10 +199,13 @@ def prepare_tower_qkv(
     count, head = qkv.shape[0], q_norm.shape[0]
     heads = qkv.shape[1] // (3 * head)
     q, k, v = (qkv.new_empty(count, heads, head) for _ in range(3))
-    tile, block, warps = _tower_shape(heads, head)
-    _prepare_tower_qkv[(count, 3 * (heads // tile))](
+    tile = min(16, heads & -heads)
+    main = 1 << (head.bit_length() - 1)
+    rest = triton.next_power_of_2(head - main) if head > main else 0
+    # 136 registers: at least 15 programs a processor
+    _prepare_tower_qkv[(count, heads // tile)](
         qkv, q_norm, k_norm, x_rope, y_rope, q, k, v, count, eps,
-        heads, head, tile, block, backend.numerics == "reference", num_warps=warps,
+        heads, head, tile, main, rest, backend.numerics == "reference", num_warps=1, maxnreg=136,
         enable_fp_fusion=fuses(backend), **overlap(qkv.device),
     )  # fmt: skip
     return q, k, v
