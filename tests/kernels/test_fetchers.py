@@ -22,7 +22,7 @@ from gemcut.kernels.compiled import compiled
 from gemcut.kernels.experts.cases import case
 
 size = dict(glu=False, experts=2, top_k=1, full_size=True)
-for made in case(500, hidden=512, width=704, **size), case(500, hidden=400, width=64, **size):
+for made in case(1000, hidden=512, width=704, **size), case(1000, hidden=400, width=64, **size):
     for found in compiled([made], torch.bfloat16):
         print(found.kernel, found.spilled, found.shared <= 232448)
 """

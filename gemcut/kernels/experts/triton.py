@@ -104,7 +104,8 @@ def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: B
         return Config(32, 64, 64, warps=4, stages=4)
     if rows <= 128:
         return Config(64, 128, 64, warps=4, stages=3)
-    if product == "linear" and rows > 192 and inputs <= 1024 and hopper.serves(weight):
+    # programs have fixed shares of the tiles: last ones of few rows must not be many of them
+    if product == "linear" and rows > 448 and inputs <= 1024 and hopper.serves(weight):
         return FETCHERS
     if inputs <= 1024:  # few steps a tile: two programs a processor, one's loop hides the other's ends
         return Config(128, 128, 64, warps=4, stages=3, thin=True)
@@ -121,7 +122,7 @@ def _launch_pairs(
     pairs, top_k = routing.order.shape[0], routing.experts.shape[1]
     experts, _, inputs = weight.shape
     width = out.shape[1]
-    # a program holds its weights in registers, some 45 KB in two loads of the experts in use
+    # all weights of a program are under way at once and lie in its registers: 45 KB at the widths of 26B
     weight_rows, block_k, warps = (8, 1024, 4) if inputs >= 2048 else (32, 128, 8)
     block_n = weight_rows // 2 if glu else weight_rows
     _by_pair[(pairs * triton.cdiv(width, block_n),)](
