@@ -1,9 +1,9 @@
 """Attention at head size 512 on Hopper, for chunks of a prompt: loads and products ordered by hand (Gluon).
 
 64 rows by 64 keys. The output takes half of all registers, Q, K and V most of the shared memory, one tile of
-each. So eight warps go in step, two warp groups that share the scores by keys and the output by columns, and
-what the compiler would put at a step's end happens as early as it can: K of the next step is asked for behind
-a step's first product, V behind its second, and the next step's first product runs behind the second.
+each. So eight warps go in step, two warp groups that share the scores by keys and the output by columns. The
+scores of the next step are computed ahead of this step's product with V, so that their softmax runs behind
+that product; K is asked for as soon as the scores are there, V as soon as it is added up.
 """
 
 # triton types neither launches nor constants
@@ -109,18 +109,14 @@ def _fetch(tiles, place, column, barrier, to, wanted):
 
 
 @gluon.jit
-def _soften(scores, keys, positions, high, best, total, acc, weights):
-    """Softmax over the scores of a step. The sums so far fade in `total` and `acc`; this step's
-    probabilities, rounded to the activation dtype, come into `weights`, their sum, not rounded, to `total`.
+def _soften(scores, keys, positions, high, best, total):
+    """Softmax over the scores of a step: p, what earlier sums are multiplied by, the maxima, the sums.
 
     total: [M, N] fp32, summed over a row at the end only, so that no warp waits for another one's sum.
     """
     seen = (keys[None, :] <= positions[:, None]) & (keys < high)[None, :]
     p, keep, best = raise_best(gl.where(seen, scores, float("-inf")), best)
-    weights.store(p.to(weights.dtype))
-    fence_async_shared()
-    keep_out = gl.convert_layout(keep, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
-    return p, best, total * keep[:, None] + p, acc * keep_out[:, None]
+    return p, keep, best, total * keep[:, None] + p
 
 
 @gluon.jit
@@ -187,8 +183,9 @@ def _attend_chunks(
     queries = gl.allocate_shared_memory(dtype, [BLOCK, HEAD], k_tiles.layout)
     keys = gl.allocate_shared_memory(dtype, [BLOCK, HEAD], k_tiles.layout)
     values = gl.allocate_shared_memory(dtype, [BLOCK, HEAD], v_tiles.layout)
+    # two: those of the next step are stored while this step's product still reads its own
     weights = gl.allocate_shared_memory(
-        dtype, [BLOCK, BLOCK], gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], dtype)
+        dtype, [2, BLOCK, BLOCK], gl.NVMMASharedLayout.get_default_for([BLOCK, BLOCK], dtype)
     )
     k_there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -219,24 +216,29 @@ def _attend_chunks(
     mbarrier.wait(k_there, 0)
     scores = warpgroup_mma(queries, keys.permute((1, 0)), total, use_acc=False)
     _fetch(k_tiles, place, column, k_there, keys, last > 0)
+    p, keep, best, total = _soften(scores, n, positions, high, best, total)
+    weights.index(0).store(p.to(dtype))
+    fence_async_shared()
     for i in range(last):
         later = _place(table, (i + 2) * BLOCK, high, PAGE)  # long before the copy that waits for it
-        p, best, total, acc = _soften(scores, i * BLOCK + n, positions, high, best, total, acc, weights)
-        mbarrier.wait(v_there, i & 1)
-        acc = warpgroup_mma(weights, values, acc, is_async=True)
         mbarrier.wait(k_there, (i + 1) & 1)
-        # p is not added, its registers are taken: new ones would be written while the products before run
-        scores = warpgroup_mma(queries, keys.permute((1, 0)), p, use_acc=False, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        _fetch(v_tiles, place, column, v_there, values, True)
-        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        # not added to `scores`: those are registers that nothing writes while the products run
+        scores = warpgroup_mma(queries, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+        mbarrier.wait(v_there, i & 1)
+        acc = warpgroup_mma(weights.index(i % 2), values, acc, is_async=True)
+        scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
         _fetch(k_tiles, later, column, k_there, keys, i + 1 < last)
+        p, keep, best, total = _soften(scores, (i + 1) * BLOCK + n, positions, high, best, total)
+        weights.index((i + 1) % 2).store(p.to(dtype))
+        fence_async_shared()
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        _fetch(v_tiles, place, column, v_there, values, True)
+        acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
         place = later
-    _, best, total, acc = _soften(scores, last * BLOCK + n, positions, high, best, total, acc, weights)
     mbarrier.wait(v_there, last & 1)
     if (last + 1) * BLOCK > length:
         _clear(values, length - last * BLOCK)
-    acc = warpgroup_mma(weights, values, acc)
+    acc = warpgroup_mma(weights.index(last % 2), values, acc)
 
     mbarrier.invalidate(k_there)
     mbarrier.invalidate(v_there)
