@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gemcut.bench.records import Record, Table
 from gemcut.bench.timing import Ceilings, Times, elapsed_us, measure_ceilings
 from gemcut.kernels import Backend
 from gemcut.kernels.case import Case, all_cases
+from gemcut.kernels.precompile import precompile
 
 COLD_BYTES = 3 << 26  # input sets are rotated until this much lies between two uses: L2 holds 50 MB
 MAX_SETS = 64
@@ -72,6 +74,15 @@ def measure(case: Case, backend: Backend, ceilings: Ceilings, rounds: int = ROUN
         share=least[ceiling] / times.median,
         ceiling=ceiling,
     )
+
+
+def launch_all(cases: Sequence[Case], backends: Sequence[Backend]) -> None:
+    """Every case once."""
+    device = torch.device("cuda")
+    for case in cases:
+        inputs = case.make_inputs(torch.Generator(device).manual_seed(0), device, torch.bfloat16)
+        for backend in backends:
+            case.operation(**inputs, backend=backend)
 
 
 def _runner(case: Case, sets: Sequence[dict[str, Any]], backend: Backend) -> Callable[[], float]:
@@ -150,12 +161,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     ceilings = measure_ceilings()
     print(f"{torch.cuda.get_device_name()}: {ceilings}")
-    results = []
-    for case in all_cases():
-        if not case.full_size or (options.words and not any(word in str(case) for word in options.words)):
-            continue
-        for numerics in options.numerics or ("reference",):
-            results.append(measure(case, Backend("triton", numerics), ceilings))
+    cases = [
+        case
+        for case in all_cases()
+        if case.full_size and (not options.words or any(word in str(case) for word in options.words))
+    ]
+    backends = [Backend("triton", numerics) for numerics in options.numerics or ("reference",)]
+    began = time.perf_counter()
+    print(
+        f"{precompile(partial(launch_all, cases, backends))} kernels in {time.perf_counter() - began:.1f} s"
+    )
+    results = [measure(case, backend, ceilings) for case in cases for backend in backends]
     print(as_table([asdict(result) for result in results]).as_text())
     if options.records is not None:
         command = " ".join(["python -m gemcut.bench.kernels", *(arguments or sys.argv[1:])])
