@@ -202,10 +202,10 @@ def prepare_tower_qkv(
     tile = min(16, heads & -heads)
     main = 1 << (head.bit_length() - 1)
     rest = triton.next_power_of_2(head - main) if head > main else 0
-    # 136 registers: at least 15 programs a processor
+    # 128 registers: 16 programs a processor; fused numerics would take 165
     _prepare_tower_qkv[(count, heads // tile)](
         qkv, q_norm, k_norm, x_rope, y_rope, q, k, v, count, eps,
-        heads, head, tile, main, rest, backend.numerics == "reference", num_warps=1, maxnreg=136,
+        heads, head, tile, main, rest, backend.numerics == "reference", num_warps=1, maxnreg=128,
         enable_fp_fusion=fuses(backend), **overlap(qkv.device),
     )  # fmt: skip
     return q, k, v
