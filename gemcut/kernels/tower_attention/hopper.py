@@ -138,7 +138,7 @@ def _store_part(out_ptr, acc, first, stop, head, FROM: gl.constexpr, HEADS: gl.c
 
 @gluon.jit
 def _zero_behind(tile, live):
-    """Rows of a tile from `live` on: zeros. All groups do it, and write the same."""
+    """Rows of a tile from `live` on: zeros."""
     WIDTH: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
@@ -168,7 +168,10 @@ def _fetch(descriptors, ring, full, free, start, stop, column):
 
 
 @gluon.jit
-def _step(step, live, q, q_rest, ring, full, free, acc, acc_rest, best, total, LAST: gl.constexpr):
+def _step(
+    step, live, q, q_rest, ring, full, free, clean, acc, acc_rest, best, total,
+    GROUP: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
     """The keys of one step, of which the first `live` count; only the LAST step has fewer than all.
 
     Behind a head come dimensions of the next one: those of k meet zeros of q, those of v become columns that
@@ -183,10 +186,14 @@ def _step(step, live, q, q_rest, ring, full, free, acc, acc_rest, best, total, L
     slot = step % STAGES
     v, v_rest = v_mains.index(slot), v_rests.index(slot)
     mbarrier.wait(full.index(slot), step // STAGES & 1)
-    if LAST:  # probabilities are 0 there, but what other patches hold may be NaN
-        _zero_behind(v, live)
-        _zero_behind(v_rest, live)
-        fence_async_shared()
+    if LAST:  # probabilities are 0 behind `live`, but what other patches hold may be NaN
+        if GROUP == 0:  # it has queries whenever one of the groups has any
+            _zero_behind(v, live)
+            _zero_behind(v_rest, live)
+            fence_async_shared()
+            mbarrier.arrive(clean, count=1)
+        else:
+            mbarrier.wait(clean, 0)
     scores = gl.zeros([ROWS, BLOCK_N], gl.float32, scored)
     scores = warpgroup_mma(q, k_mains.index(slot).permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma(q_rest, k_rests.index(slot).permute((1, 0)), scores, is_async=True)
@@ -210,7 +217,7 @@ def _step(step, live, q, q_rest, ring, full, free, acc, acc_rest, best, total, L
 
 @gluon.jit
 def _compute(
-    q_ptr, out_ptr, qs, q_rests, ring, full, free, first, end, start, stop, head,
+    q_ptr, out_ptr, qs, q_rests, ring, full, free, clean, first, end, start, stop, head,
     GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD: gl.constexpr,
 ):  # fmt: skip
     """Outputs of one group's queries, of those from `first` on to `end`, over the keys start .. stop."""
@@ -235,11 +242,11 @@ def _compute(
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, scored))
         for step in range(whole):
             acc, acc_rest, best, total = _step(
-                step, BLOCK_N, q, q_rest, ring, full, free, acc, acc_rest, best, total, False
+                step, BLOCK_N, q, q_rest, ring, full, free, clean, acc, acc_rest, best, total, GROUP, False
             )
         if live > 0:
             acc, acc_rest, best, total = _step(
-                whole, live, q, q_rest, ring, full, free, acc, acc_rest, best, total, True
+                whole, live, q, q_rest, ring, full, free, clean, acc, acc_rest, best, total, GROUP, True
             )
         share = 1.0 / gl.where(total == 0.0, 1.0, total)  # 0: patches of no picture
         share_main = gl.convert_layout(share, gl.SliceLayout(1, main))[:, None]
@@ -302,6 +309,8 @@ def _attend(
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    clean = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(clean, count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(free.index(slot), count=GROUPS)
@@ -318,6 +327,7 @@ def _attend(
                     ring,
                     full,
                     free,
+                    clean,
                     first,
                     end,
                     start,
