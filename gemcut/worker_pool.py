@@ -348,16 +348,21 @@ def _environment() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildLimits:
-    """What a worker process may use: bytes of address space, seconds of CPU for one job, descriptors, and
-    bytes of stack where recursion is to be caught early."""
+    """What a worker process may use: bytes of address space beyond what it has when it is ready, seconds of
+    CPU for one job, descriptors, and bytes of stack where recursion is to be caught early."""
 
-    memory_bytes: int
+    growth_bytes: int
     cpu_s: float
     descriptors: int = 32
     stack_bytes: int | None = None
 
 
 Handler = Callable[[memoryview], Sequence[Buffer]]
+
+
+def _mapped_bytes() -> int:
+    """Address space of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def serve(start: Callable[[memoryview], Handler], limits: ChildLimits) -> None:
@@ -377,7 +382,7 @@ def serve(start: Callable[[memoryview], Handler], limits: ChildLimits) -> None:
     os.dup2(nowhere, 2)  # from here on libraries would write about hostile input
     os.close(nowhere)
     for what, most in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_AS, _mapped_bytes() + limits.growth_bytes),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, limits.descriptors),

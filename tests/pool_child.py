@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from gemcut.worker_pool import Buffer, ChildLimits, Handler, serve
 
-MEMORY_BYTES = 1 << 30
+GROWTH_BYTES = 1 << 30
 
 
 def start(hello: memoryview) -> Handler:
@@ -64,4 +64,4 @@ def start(hello: memoryview) -> Handler:
 
 
 if __name__ == "__main__":
-    serve(start, ChildLimits(memory_bytes=MEMORY_BYTES, cpu_s=1.0))
+    serve(start, ChildLimits(growth_bytes=GROWTH_BYTES, cpu_s=1.0))

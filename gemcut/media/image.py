@@ -76,6 +76,18 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture the right way 
     8: Image.Transpose.ROTATE_90,
 }
 
+_SIDEWAYS = (  # rows become columns
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+_FROM_THE_END = (  # the last row or column becomes the first row
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -139,20 +151,11 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
     Raises InvalidRequest, and nothing else, for whatever the caller can get wrong: no such file, another
     format, too many pixels or bytes, a truncated or damaged file, an array of another kind.
     """
-    if isinstance(source, Image.Image):
-        _check_pixels(*source.size, max_pixels)
-        with _decoding("The Pillow image"):
-            picture = _finish(_load(source))
-    elif isinstance(source, np.ndarray):
-        picture = _finish(_from_array(source, max_pixels))
-    elif (data := file_bytes(source, max_bytes=max_bytes)) is not None:
-        picture = _finish_file(bytes(data), max_pixels)
-    else:
-        raise InvalidRequest(
-            f"A picture cannot be made from {type(source).__name__}: "
-            "give a path, the bytes of a file, a Pillow image or a numpy array."
-        )
-    return picture
+    picture = _decoded(source, max_pixels, max_bytes)
+    flat = _upright(_flatten(picture), _turn(picture))
+    if flat is not picture:
+        flat.info = {}
+    return flat
 
 
 def file_bytes(source: Source, *, max_bytes: int = MAX_BYTES) -> bytes | bytearray | memoryview | None:
@@ -170,10 +173,30 @@ def file_bytes(source: Source, *, max_bytes: int = MAX_BYTES) -> bytes | bytearr
     return source
 
 
-def _finish_file(data: bytes, max_pixels: int) -> Image.Image:
-    kind = _sniff(data)
-    with _decoding(f"The {kind} picture of {len(data):,} bytes", "Send the whole file again."):
-        return _finish(_decode(data, kind, max_pixels))
+def _decoded(source: Source, max_pixels: int, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """A picture as it is stored: not yet turned upright, of a mode that `_flatten` takes."""
+    if isinstance(source, Image.Image):
+        _check_pixels(*source.size, max_pixels)
+        with _decoding("The Pillow image"):
+            picture = _load(source)
+    elif isinstance(source, np.ndarray):
+        picture = _from_array(source, max_pixels)
+    elif (data := file_bytes(source, max_bytes=max_bytes)) is not None:
+        data = bytes(data)
+        kind = _sniff(data)
+        with _decoding(f"The {kind} picture of {len(data):,} bytes", "Send the whole file again."):
+            picture = _decode(data, kind, max_pixels)
+    else:
+        raise InvalidRequest(
+            f"A picture cannot be made from {type(source).__name__}: "
+            "give a path, the bytes of a file, a Pillow image or a numpy array."
+        )
+    if picture.mode not in _MODES + _MODES_16:
+        raise InvalidRequest(
+            f"The picture's mode is {picture.mode}, whose range is not known; "
+            "convert it to L, RGB or RGBA first."
+        )
+    return picture
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
@@ -354,35 +377,27 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     return picture.copy() if picture.mode == "L" else picture
 
 
-def _finish(picture: Image.Image) -> Image.Image:
-    """A loaded picture, upright, opaque, L or RGB, without metadata (so that nothing is applied twice)."""
-    turn = _UPRIGHT.get(_orientation(picture))
+def _flatten(picture: Image.Image) -> Image.Image:
+    """A loaded picture, opaque, L or RGB. It is the picture itself if there is nothing to do."""
     if picture.mode in _MODES_16:
-        flat = _flatten_16(picture)
-    elif picture.mode not in _MODES:
-        raise InvalidRequest(
-            f"The picture's mode is {picture.mode}, whose range is not known; "
-            "convert it to L, RGB or RGBA first."
-        )
-    elif picture.has_transparency_data:
-        flat = _on_white(picture)
-    elif picture.mode in ("1", "L"):
-        flat = picture if picture.mode == "L" else picture.convert("L")
-    else:
-        flat = picture if picture.mode == "RGB" else picture.convert("RGB")
-    if turn is not None:
-        flat = flat.transpose(turn)
-    if flat is not picture:
-        flat.info = {}
-    return flat
+        return _flatten_16(picture)
+    if picture.has_transparency_data:
+        return _on_white(picture)
+    mode = "L" if picture.mode in ("1", "L") else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _orientation(picture: Image.Image) -> int:
+def _upright(picture: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What turns the picture the right way up, None if it stands."""
     try:
         with _quiet():
-            return picture.getexif().get(ExifTags.Base.Orientation, 1)
+            return _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # metadata that cannot be read; the pixels were
-        return 1
+        return None
 
 
 def _flatten_16(picture: Image.Image) -> Image.Image:
@@ -423,37 +438,57 @@ def patches(image: Source, budget: int = 280, *, max_pixels: int = MAX_PIXELS) -
 
     Raises InvalidRequest as `open_image` and `target_size` do.
     """
-    picture = open_image(image, max_pixels=max_pixels)
-    width, height = picture.size
+    picture = _decoded(image, max_pixels)
+    turn = _turn(picture)
+    width, height = picture.size if turn not in _SIDEWAYS else picture.size[::-1]
     h, w = target_size(height, width, budget)
-    if (w, h) != (width, height):
-        # Pillow widens all rows before it drops any, so a line of 1 x 100,000,000 would fill 19 GB.
-        if w * height > max(max_pixels, w * h):
-            raise InvalidRequest(
-                f"A picture of {width} x {height:,} pixels is too narrow: at a width of {w} it has "
-                f"{w * height:,} pixels, more than {max_pixels:,}. Cut it into pieces."
-            )
-        picture_small = picture.resize((w, h), Image.Resampling.BICUBIC)
-    else:
-        picture_small = picture
-    if picture_small.mode == "L":
-        picture_small = picture_small.convert("RGB")
+    # all rows are brought to their width before any is dropped, so a line of 1 x 100,000,000 would fill 19 GB
+    if (w, h) != (width, height) and w * height > max(max_pixels, w * h):
+        raise InvalidRequest(
+            f"A picture of {width} x {height:,} pixels is too narrow: at a width of {w} it has "
+            f"{w * height:,} pixels, more than {max_pixels:,}. Cut it into pieces."
+        )
+    # a picture that is widened has little width, and Pillow may begin with its height
+    flat = _narrowed(picture, turn, w) if w <= width else _upright(_flatten(picture), turn)
+    mode = flat.mode
+    small = flat.resize((w, h), Image.Resampling.BICUBIC).convert("RGB")
     rows, columns = h // PATCH, w // PATCH
-    pixels = np.asarray(picture_small).reshape(rows, PATCH, columns, PATCH, 3)
+    pixels = np.asarray(small).reshape(rows, PATCH, columns, PATCH, 3)
     pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, PATCH * PATCH * 3)  # copies once
-    return ImagePatches(pixels, rows, columns, _digest(picture, pixels, rows, columns, budget))
-
-
-def _digest(picture: Image.Image, pixels: np.ndarray, rows: int, columns: int, budget: int) -> bytes:
     # Hashing the patches, not the decoded picture, costs 2 MB instead of 36 MB for a phone's photo and is as
     # safe: the patches and their grid are all that the model sees.
     settings = (
-        f"gemcut image: {picture.mode} {picture.width}x{picture.height}; "
+        f"gemcut image: {mode} {width}x{height}; "
         f"budget {budget}, patch {PATCH}, pool {POOL}, bicubic, grid {rows}x{columns};"
     )
     sha = hashlib.sha256(settings.encode())
     sha.update(pixels.data)
-    return sha.digest()
+    return ImagePatches(pixels, rows, columns, sha.digest())
+
+
+def _narrowed(picture: Image.Image, turn: Image.Transpose | None, width: int) -> Image.Image:
+    """The picture opaque, upright and of this width, L or RGB: the first pass of a resize.
+
+    One band of rows at a time, so that a picture that is turned or transparent is not held twice. Pillow
+    resizes in the same two passes and rounds after each, so the bytes are those of a resize in one piece:
+    it begins with the width of what is not widened.
+    """
+    stored_width, stored_height = picture.size
+    height = stored_width if turn in _SIDEWAYS else stored_height
+    step = max(1, (1 << 20) * height // (stored_width * stored_height))
+    narrow = None
+    for top in range(0, height, step):
+        # rows [top, bottom) of the upright picture, counted from the side that becomes its top
+        bottom = min(top + step, height)
+        first, last = (height - bottom, height - top) if turn in _FROM_THE_END else (top, bottom)
+        box = (first, 0, last, stored_height) if turn in _SIDEWAYS else (0, first, stored_width, last)
+        band = _upright(_flatten(picture.crop(box)), turn)
+        band = band.resize((width, bottom - top), Image.Resampling.BICUBIC)
+        if narrow is None:
+            narrow = Image.new(band.mode, (width, height))
+        narrow.paste(band, (0, top))
+    assert narrow is not None, "a picture has a row"
+    return narrow
 
 
 # ---------------------------------------------------------------------------- pictures in messages

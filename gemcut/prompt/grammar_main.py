@@ -112,4 +112,4 @@ def start(hello: memoryview) -> Handler:
 
 if __name__ == "__main__":
     # The engine's threads have stacks of 8 MB: what fits into an eighth here will fit there.
-    serve(start, ChildLimits(memory_bytes=3 << 30, cpu_s=10.0, stack_bytes=1 << 20))
+    serve(start, ChildLimits(growth_bytes=3 << 30, cpu_s=10.0, stack_bytes=1 << 20))

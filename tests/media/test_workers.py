@@ -137,13 +137,33 @@ def test_bombs_cost_this_process_nothing(workers):
 
 
 @pytest.mark.slow
-def test_the_largest_pictures_fit_the_memory_limit(workers):
-    # transparency needs the most: the decoded picture, its copy on white, and bands between
-    for mode, kind in (("RGBA", "PNG"), ("RGB", "WEBP")):
+def test_a_picture_has_256_mb(workers):
+    """What phones take fits, turned too; what does not is refused, and the process has grown by no more."""
+
+    def file(kind: str, mode: str, size: tuple[int, int], **options: Any) -> bytes:
         out = io.BytesIO()
-        size = (10_000, 10_000) if kind == "PNG" else (10_000, 2_000)
-        Image.new(mode, size, (9, 9, 9, 128)[: len(mode)]).save(out, kind, compress_level=1, method=0)
-        assert workers.patches(out.getvalue()).result(60).soft_tokens > 0
+        Image.new(mode, size, (9, 9, 9, 128)[: len(mode)]).save(out, kind, **options)
+        return out.getvalue()
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    fit = [
+        file("JPEG", "RGB", (8_160, 6_120), exif=turned),
+        file("PNG", "RGBA", (8_000, 5_000), compress_level=1),
+        file("WEBP", "RGB", (4_500, 3_000), method=0),
+    ]
+    for data in fit:
+        assert workers.patches(data).result(60).soft_tokens > 0
+    for data, why in (
+        (file("JPEG", "RGB", (9_900, 9_900)), "more than the 256 MB of memory"),
+        (file("PNG", "RGBA", (9_900, 9_900), compress_level=1), "more than the 256 MB of memory"),
+        (file("WEBP", "RGB", (8_000, 6_000), method=0), "48,000,000 pixels; at most 15,000,000"),
+    ):
+        with pytest.raises(InvalidRequest, match=why):
+            workers.patches(data).result(60)
+    lines = [line for pid in workers.pids() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    assert max(peaks) < (256 + 64) << 10  # KiB; Python, numpy and Pillow have less than 64 MB
 
 
 def test_memory_is_limited():
@@ -161,7 +181,7 @@ def test_memory_is_limited():
     """
     said = run(code)
     assert said.startswith("1 Decoding the picture of")
-    assert "bytes of memory" in said
+    assert "MB of memory" in said
 
 
 def test_killed_in_a_decode():
