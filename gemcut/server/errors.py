@@ -137,6 +137,9 @@ def headers_of(error: BaseException) -> list[tuple[bytes, bytes]]:
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*?)`)?$", re.DOTALL)
 _FIELD = re.compile(r"^Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
 
+# of a field that may say what gemcut does anyway, and nothing else
+_CONSTANT = re.compile(r"^Invalid enum value (?P<given>True|False)$|^Expected `null`, got ")
+
 
 def schema_error(error: Exception, within: str = "") -> InvalidRequest:
     """A body that is no JSON or breaks the schema, with the field named. within: the part that was read."""
@@ -153,4 +156,7 @@ def schema_error(error: Exception, within: str = "") -> InvalidRequest:
         if field["how"] == "missing required":
             return InvalidRequest(f"{param} is required.", param)
         return InvalidRequest(f"{param} is not a field that gemcut supports. Leave it out.", param)
+    if path and (constant := _CONSTANT.match(what)) is not None:
+        given = f": {constant['given'].lower()}" if constant["given"] else ""
+        return InvalidRequest(f"{path}{given} is not supported. Leave it out.", path)
     return InvalidRequest(f"{path or 'The body'}: {what[:1].lower()}{what[1:]}.", path or None)

@@ -316,6 +316,23 @@ def test_what_does_not_go_together(scripted: Server, wrong: dict[str, Any], para
     assert reply.error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value", "said"),
+    [
+        ("/v1/chat/completions", "store", True, "store: true is not supported. Leave it out."),
+        ("/v1/completions", "echo", True, "echo: true is not supported. Leave it out."),
+        ("/v1/completions", "suffix", "x", "suffix is not supported. Leave it out."),
+        ("/v1/completions", "n", "x", "n: expected `int | null`, got `str`."),
+    ],
+)
+def test_what_is_not_supported_is_said_plainly(
+    scripted: Server, path: str, field: str, value: Any, said: str
+) -> None:
+    asked = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    reply = scripted.post(path, {**asked, field: value})
+    assert (reply.status, reply.error["param"], reply.error["message"]) == (400, field, said)
+
+
 def test_an_unreadable_call_goes_back_as_text(answerer: Answerer) -> None:
     said = {"role": "assistant", "content": "Wait.", "malformed_tool_calls": ["call:weather{city"]}
     spelled = {"role": "assistant", "content": "Wait.call:weather{city"}
