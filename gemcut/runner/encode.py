@@ -30,16 +30,16 @@ def cells(rows: int, columns: int) -> np.ndarray:
 
 def pack(pictures: Sequence[ImagePatches], device: torch.device) -> Patches:
     """Several pictures' patches one after another, on the device."""
-    return Patches(*(upload(array, device) for array in _join(pictures)))
-
-
-def _join(pictures: Sequence[ImagePatches]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """pixels, positions, starts and cells of `Patches`."""
-    starts = np.cumsum([0, *(len(picture.pixels) for picture in pictures)], dtype=np.int32)
     pixels = np.concatenate([picture.pixels for picture in pictures])
+    return Patches(upload(pixels, device), *(upload(array, device) for array in _places(pictures)))
+
+
+def _places(pictures: Sequence[ImagePatches]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """positions, starts and cells of `Patches`."""
+    starts = np.cumsum([0, *(len(picture.pixels) for picture in pictures)], dtype=np.int32)
     positions = np.concatenate([picture.positions() for picture in pictures]).astype(np.int64)
     grouped = [cells(p.rows, p.columns) + start for p, start in zip(pictures, starts[:-1], strict=True)]
-    return pixels, positions, starts, np.concatenate(grouped)
+    return positions, starts, np.concatenate(grouped)
 
 
 class PatchInputs:
@@ -59,15 +59,12 @@ class PatchInputs:
     def fill(self, pictures: Sequence[ImagePatches]) -> None:
         """Make `patches(...)` those of these pictures; what is behind them belongs to none."""
         assert len(pictures) <= PICTURES, f"{len(pictures)} pictures do not fit into {PICTURES} places"
-        pixels, positions, starts, joined = _join(pictures)
-        starts = np.concatenate([starts, np.full(PICTURES + 1 - len(starts), starts[-1], dtype=np.int32)])
-        for place, array in (
-            (self.pixels, pixels),
-            (self.positions, positions),
-            (self.starts, starts),
-            (self.cells, joined),
-        ):
-            upload_into(place[: len(array)], array)
+        positions, starts, joined = _places(pictures)
+        behind = np.full(PICTURES + 1 - len(starts), starts[-1], dtype=np.int32)
+        upload_into(self.pixels, [picture.pixels for picture in pictures])
+        upload_into(self.positions, [positions])
+        upload_into(self.starts, [starts, behind])
+        upload_into(self.cells, [joined])
         self.cells[len(joined) :].zero_()  # those of pictures before may lie behind the last patch
 
     def patches(self, count: int) -> Patches:
