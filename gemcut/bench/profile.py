@@ -93,11 +93,18 @@ def _layers(contender: Gemcut, kind: Kind) -> int:
 def count_launches(contender: Gemcut, prompt: ChatPrompt) -> tuple[float, int]:
     """Kernels a layer, and calls of the driver, of one prompt's prefill; what is outside of the layers counts
     as if it were in them."""
-    with _profiler(contender) as profile:
+    with _profiler(contender, host=contender.device.type == "cpu") as profile:
         contender.generate([prompt], 1)
         contender.synchronize()
-    kernels, host_launches, _ = _read(profile, contender.device)
-    return sum(kernel.count for kernel in kernels) / len(contender.plan.text.layers), host_launches
+    layers = len(contender.plan.text.layers)
+    if contender.device.type == "cpu":
+        kernels, host_launches, _ = _read(profile, contender.device)
+        return sum(kernel.count for kernel in kernels) / layers, host_launches
+    # the torch kernels of one prefill are some 100,000 events: torch's own lists of them take a minute
+    events = profile.profiler.kineto_results.events()
+    ran = sum(e.device_type().name == "CUDA" and not e.is_user_annotation() for e in events)
+    launches = sum(e.device_type().name == "CPU" and e.name().startswith(LAUNCHES) for e in events)
+    return _seen(ran) / layers, launches
 
 
 def _row(contender: Gemcut, roofline: Roofline, kind: Kind, size: int) -> Row:
@@ -147,10 +154,11 @@ def warm_up(contender: Gemcut) -> None:
         contender.generate([text_prompt(contender.plan, 16, seed=0)], 1)
 
 
-def _profiler(contender: Gemcut) -> AbstractContextManager[Any]:
+def _profiler(contender: Gemcut, *, host: bool = True) -> AbstractContextManager[Any]:
+    """host: note operations of torch as well."""
     # the driver's tracing does not survive being taken down beside CUDA graphs
     os.environ["TEARDOWN_CUPTI"] = "0"
-    activities = [ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU] if host else []
     if contender.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     return torch.profiler.profile(activities=activities)
@@ -164,8 +172,7 @@ def _read(profile: Any, device: torch.device) -> tuple[list[Kernel], int, float]
             (e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation),
             key=lambda e: e.time_range.start,
         )
-        if not ran:
-            raise GemcutError("The profiler saw no kernel: the driver does not let it count here.")
+        _seen(len(ran))
         names = [e.name for e in ran]
         times = [e.time_range.elapsed_us() / 1e3 for e in ran]
         launches = sum(e.name.startswith(LAUNCHES) for e in events if e.device_type.name == "CPU")
@@ -179,6 +186,12 @@ def _read(profile: Any, device: torch.device) -> tuple[list[Kernel], int, float]
         together[segment, name].append(time)
     kernels = [Kernel(*key, len(some), sum(some)) for key, some in together.items()]
     return sorted(kernels, key=lambda kernel: -kernel.time), launches, span
+
+
+def _seen(kernels: int) -> int:
+    if not kernels:
+        raise GemcutError("The profiler saw no kernel: the driver does not let it count here.")
+    return kernels
 
 
 def segments(names: Sequence[str]) -> list[str]:
