@@ -21,6 +21,7 @@ from gemcut.errors import ConfigError, GemcutError
 from gemcut.plan import weight_bytes
 
 PeerName = Literal["transformers", "vllm", "sglang"]
+PEER_SUBJECTS = ("prefill", "decode", "vision", "batch")  # of `gemcut bench`, that all can be measured by
 LEAST_KV_BYTES = 4 << 30  # of each of two engines that share a GPU
 
 
@@ -36,28 +37,24 @@ class Peer(Contender, Protocol):
 class Kind:
     """What there is to know of an engine before it starts.
 
-    marks: files of its package that a version with Gemma 4 has, text and pictures. subjects: of
-    `gemcut bench`, that it can be measured by. source: the versions whose code was read.
+    marks: files of its package that a version with Gemma 4 has, text and pictures. source: the versions whose
+    code was read.
     """
 
-    subjects: tuple[str, ...]
     marks: tuple[str, ...]
     source: str
 
 
 KINDS: dict[PeerName, Kind] = {
     "transformers": Kind(
-        subjects=("prefill", "decode"),
         marks=("models/gemma4/modeling_gemma4.py",),
         source="5.17 and 5.23",
     ),
     "vllm": Kind(
-        subjects=("prefill", "decode", "vision", "batch"),
         marks=("model_executor/models/gemma4.py", "model_executor/models/gemma4_mm.py"),
         source="0.33.0",
     ),
     "sglang": Kind(
-        subjects=("prefill", "decode", "vision", "batch"),
         marks=("srt/models/gemma4_causal.py", "srt/models/gemma4_mm.py"),
         source="0.5.23",
     ),
@@ -77,9 +74,9 @@ def check_peer(name: PeerName, setup: Setup, subjects: Sequence[str]) -> list[st
     """The subjects that the other side can be measured by. Raises ConfigError if it cannot be had or knows
     none of them; before ours takes minutes."""
     kind = KINDS[name]
-    known = [subject for subject in subjects if subject in kind.subjects]
+    known = [subject for subject in subjects if subject in PEER_SUBJECTS]
     if not known:
-        raise ConfigError(f"{name} is measured by {', '.join(kind.subjects)}, not by {', '.join(subjects)}.")
+        raise ConfigError(f"{name} is measured by {', '.join(PEER_SUBJECTS)}, not by {', '.join(subjects)}.")
     if setup.random_weights is None:
         raise ConfigError("Both sides get random values, from a config alone: give --random-weights.")
     spec = find_spec(name)

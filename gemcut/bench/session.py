@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from gemcut.bench import batch, decode, memory, prefill, profile, vision
-from gemcut.bench.against import KINDS, Peer, PeerName, divide, start_peer
+from gemcut.bench.against import PEER_SUBJECTS, Peer, PeerName, divide, start_peer
 from gemcut.bench.contender import Contender, Setup, release
 from gemcut.bench.profile import Kind
 from gemcut.bench.records import Record, Table, device_name
 from gemcut.bench.roofline import Roofline
 from gemcut.bench.timing import measure_ceilings
+from gemcut.bench.transformers_peer import LARGEST_BATCH
 from gemcut.runner.start import choose_device, choose_dtype
 
-TRANSFORMERS_BATCH = 32  # its largest by default: a step takes a tenth of a second, and padded KV much memory
 PREFILLS, DECODES = (256, 8192), (1, 64)  # steps that are profiled
 
 
@@ -100,7 +100,7 @@ class Session:
     def sides(self, subject: str) -> list[Contender]:
         """Who is measured by a subject."""
         sides: list[Contender] = [*self.contenders]
-        if self.against is not None and self.peer is not None and subject in KINDS[self.against].subjects:
+        if self.peer is not None and subject in PEER_SUBJECTS:
             sides.append(self.peer)
         return sides
 
@@ -141,8 +141,12 @@ class Session:
         ]
         if self.peer.name != "transformers":
             terms.append("random values of its own, so the experts of its steps are not the counted ones")
-        if subject == "vision":
-            terms.append("it prepares the picture in the time measured, gemcut's comes prepared")
+            if subject == "vision":
+                terms.append("it prepares the picture in the time measured, gemcut's comes prepared")
+        elif subject == "vision":
+            terms.append("pictures come prepared to both, and lie on the device for transformers")
+        elif subject == "batch":
+            terms.append(f"its batches, of at most {LARGEST_BATCH} prompts, run one after another")
         return "; ".join(terms)
 
     def prefill(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
@@ -154,7 +158,7 @@ class Session:
 
     def decode(self, sizes: Sizes, note: Callable[[str], None]) -> list[Any]:
         patient = self.peer is None or self.peer.name != "transformers"
-        most = self.setup.config.max_num_seqs if patient else TRANSFORMERS_BATCH
+        most = self.setup.config.max_num_seqs if patient else LARGEST_BATCH
         batches = _fitting(sizes.batches, decode.BATCHES, most, "sequences", note)
         rows = decode.measure(
             self.sides("decode"),

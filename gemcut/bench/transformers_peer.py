@@ -8,12 +8,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gemcut.bench.against import Share
 from gemcut.bench.contender import Setup, Trace, give_back_memory
+from gemcut.data import ImagePatches, pixel_values
 from gemcut.engine.model_files import ChatPrompt
 from gemcut.models.weight_sources import draw
 from gemcut.plan import tensor_shapes
+
+LARGEST_BATCH = 32  # a step takes a tenth of a second, and its KV much memory
 
 
 class Transformers:
@@ -30,7 +34,8 @@ class Transformers:
         share: Share | None = None,
         pictures: bool = False,
     ) -> None:
-        """It takes the memory that it needs, whatever its share; nobody asks it about pictures."""
+        """It takes the memory that it needs, whatever its share, and has its tower with or without
+        pictures."""
         import transformers
 
         config = setup.model_config()
@@ -49,7 +54,7 @@ class Transformers:
         for name in tensor_shapes(plan):
             draw(values[name], name, setup.seed)
         model.generation_config.eos_token_id = None
-        self.model, self.device = model, device
+        self.model, self.device, self.image = model, device, plan.ids.image
         self.longest = plan.text.max_positions
         self.clock = _Clock(device)
 
@@ -69,27 +74,54 @@ class Transformers:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[ChatPrompt], new_tokens: int) -> Trace:
-        """Prompts of one length, in one batch."""
-        ids = torch.tensor([prompt.prompt.token_ids for prompt in prompts], device=self.device)
-        self.clock.ticks.clear()
-        began = time.perf_counter()
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            stopping_criteria=[self.clock],
-        )
-        answers = out[:, ids.shape[1] :].tolist()
-        wall = time.perf_counter() - began
+        """Prompts of one length, in batches of at most `LARGEST_BATCH`, one after another: nobody joins a
+        batch that runs. Ids and pictures lie on the device before the time begins."""
+        starts = range(0, len(prompts), LARGEST_BATCH)
+        batches = [self._inputs(prompts[start : start + LARGEST_BATCH]) for start in starts]
+        trace = Trace(most_running=min(len(prompts), LARGEST_BATCH))
         ticks = self.clock.ticks
-        return Trace(
-            wall_s=wall,
-            first_token_s=[ticks[0] - began] * len(prompts),
-            step_s=[later - earlier for earlier, later in pairwise(ticks)],
-            most_running=len(prompts),
-            answers=answers,
-        )
+        _synchronize(self.device)
+        began = time.perf_counter()
+        for inputs in batches:
+            ticks.clear()
+            out = self.model.generate(
+                **inputs, do_sample=False, max_new_tokens=new_tokens, stopping_criteria=[self.clock]
+            )
+            trace.answers += out[:, inputs["input_ids"].shape[1] :].tolist()
+            trace.first_token_s += [ticks[0] - began] * len(out)
+        trace.wall_s = time.perf_counter() - began
+        if len(batches) == 1:  # otherwise no step gives every prompt a token
+            trace.step_s = [later - earlier for earlier, later in pairwise(ticks)]
+        return trace
+
+    @torch.inference_mode()
+    def encode_ms(self, pictures: Sequence[ImagePatches]) -> float:
+        """Milliseconds from pictures on the device to their soft tokens: tower and projector."""
+        inputs = self._pixels(pictures)
+        _synchronize(self.device)
+        began = time.perf_counter()
+        self.model.get_image_features(**inputs)
+        _synchronize(self.device)
+        return (time.perf_counter() - began) * 1e3
+
+    def _inputs(self, prompts: Sequence[ChatPrompt]) -> dict[str, torch.Tensor]:
+        """What its `generate` takes for a batch of B prompts of T tokens: input_ids, attention_mask, and with
+        pictures mm_token_type_ids, int64 [B, T]; and `_pixels`."""
+        ids = torch.tensor([prompt.prompt.token_ids for prompt in prompts], device=self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pictures := [picture for prompt in prompts for picture in prompt.media]:
+            inputs |= {"mm_token_type_ids": (ids == self.image).long()} | self._pixels(pictures)
+        return inputs
+
+    def _pixels(self, pictures: Sequence[ImagePatches]) -> dict[str, torch.Tensor]:
+        """As its image processor makes them: pixel_values fp32 [P, N, 768] and image_position_ids int64
+        [P, N, 2] of P pictures, those with fewer than N patches filled up with zeros and -1."""
+        values = [torch.from_numpy(pixel_values()[picture.pixels]) for picture in pictures]
+        positions = [torch.from_numpy(picture.positions()).long() for picture in pictures]
+        return {
+            "pixel_values": pad_sequence(values, batch_first=True).to(self.device),
+            "image_position_ids": pad_sequence(positions, batch_first=True, padding_value=-1).to(self.device),
+        }
 
 
 class _Clock:
@@ -100,7 +132,11 @@ class _Clock:
         self.ticks: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        _synchronize(self.device)
         self.ticks.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

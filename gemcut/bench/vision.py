@@ -11,7 +11,8 @@ from gemcut.bench.contender import Contender, Gemcut, by_turns, picture_prompt, 
 from gemcut.bench.records import Table, ms, percent
 from gemcut.bench.roofline import Roofline
 from gemcut.bench.timing import Times
-from gemcut.data import POOL, EncodeItem, Step
+from gemcut.bench.transformers_peer import Transformers
+from gemcut.data import POOL, EncodeItem, ImagePatches, Step
 from gemcut.errors import ConfigError
 
 PICTURES = (1, 4)
@@ -40,25 +41,26 @@ def measure(
 ) -> list[Row]:
     """Every call has a picture that its engine has not seen: engines keep what they encoded.
 
-    soft: tokens of a picture. Of other engines the first token alone is measured: their towers are not to be
-    had by themselves. They prepare pictures in that time, ours come prepared.
+    soft: tokens of a picture. Of vLLM and SGLang the first token alone is measured: their towers are not to
+    be had by themselves. They prepare pictures in that time; ours, and transformers', come prepared.
     """
     if roofline.plan.vision is None:
         raise ConfigError("This model has no vision tower: it takes text only.")
-    ours = [contender for contender in contenders if isinstance(contender, Gemcut)]
+    with_tower = [contender for contender in contenders if isinstance(contender, Gemcut | Transformers)]
     rows = []
-    for count in pictures if ours else ():
+    for count in pictures if with_tower else ():
 
-        def encode(contender: Gemcut, number: int, count: int = count) -> float:
-            return encode_new(contender, count, number)
+        def encode(contender: Gemcut | Transformers, number: int, count: int = count) -> float:
+            if isinstance(contender, Gemcut):
+                return encode_new(contender, count, number)
+            return contender.encode_ms(_pictures(count, soft, number))
 
-        by_turns(ours, WARM_UPS, encode)
-        walls = by_turns(ours, rounds, encode)
+        by_turns(with_tower, WARM_UPS, encode)
+        walls = by_turns(with_tower, rounds, encode)
         floor = roofline.tower_ms(count, soft * POOL * POOL)
-        rows += [
-            _row("encode", count, soft, contender, floor, walls, _encode_on_device(contender, count, soft))
-            for contender in ours
-        ]
+        for contender in with_tower:
+            spans = _encode_on_device(contender, count, soft) if isinstance(contender, Gemcut) else []
+            rows.append(_row("encode", count, soft, contender, floor, walls, spans))
 
     def first_token(contender: Contender, number: int) -> float:
         prompt = picture_prompt(roofline.plan, [random_picture(soft, number)], TEXT_TOKENS, number)
@@ -102,9 +104,12 @@ def encode_new(contender: Gemcut, count: int, number: int) -> float:
     return spent * 1e3
 
 
+def _pictures(count: int, soft: int, number: int) -> list[ImagePatches]:
+    return [random_picture(soft, number * count + i) for i in range(count)]
+
+
 def _items(count: int, soft: int, number: int) -> list[EncodeItem]:
-    pictures = [random_picture(soft, number * count + i) for i in range(count)]
-    return [EncodeItem("image", picture.digest, picture) for picture in pictures]
+    return [EncodeItem("image", picture.digest, picture) for picture in _pictures(count, soft, number)]
 
 
 def _encode(contender: Gemcut, items: Sequence[EncodeItem]) -> None:

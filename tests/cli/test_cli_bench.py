@@ -110,7 +110,10 @@ def test_mistakes_on_the_command_line(words: tuple[str, ...], says: str) -> None
         (("memory", "--random-weights", "no-such-folder", "--device", "cpu"), "E4B, 12B, 26B-A4B, 31B"),
         (("prefill", "--random-weights", "31B", "--against", "vllm"), "vllm is not installed"),
         (("prefill", "--against", "transformers"), "give --random-weights"),
-        (("batch", "--random-weights", "31B", "--against", "transformers"), "not by batch"),
+        (
+            ("all", "--only", "memory", "--random-weights", "31B", "--against", "transformers"),
+            "not by memory",
+        ),
         (("memory", "--random-weights", "E2B", "--device", "cpu"), "clipped linears"),
     ],
 )
