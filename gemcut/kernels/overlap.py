@@ -18,6 +18,7 @@ let it start only after its own wait (`wait_for_previous`, then `start_next`). I
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 from triton.language.extra import cuda
+
+log = logging.getLogger(__name__)
+
+GLUON = "3.6."  # the version of triton that kernels in Gluon are written for, and were measured with
 
 
 @cache
@@ -43,10 +48,22 @@ def copies_tiles(device: torch.device) -> bool:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Capability 9.0 exactly, for kernels in Gluon; also a CPU on which kernels are only compiled."""
+    """Capability 9.0 exactly, for kernels in Gluon; also a CPU on which kernels are only compiled.
+
+    Gluon's interface changes with every version of triton: another one than `GLUON` runs the plain kernels.
+    """
     if device.type == "cpu":
-        return not knobs.runtime.interpret
-    return torch.cuda.get_device_capability(device) == (9, 0)
+        return not knobs.runtime.interpret and triton.__version__.startswith(GLUON)
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    if not triton.__version__.startswith(GLUON):
+        log.warning(
+            "triton %s: the kernels made for Hopper want %sx, slower ones run in their place",
+            triton.__version__,
+            GLUON,
+        )
+        return False
+    return True
 
 
 @triton.jit

@@ -424,5 +424,5 @@ def test_a_client_that_takes_nothing_does_not_keep_the_server() -> None:
     with Server.scripted(config={"drain_s": 0.0}) as server, server.open_stream("long", **BULKY):
         time.sleep(3.0)  # until the buffers are full
         server.signal()
-        assert server.process.wait(4) == 0
+        assert server.process.wait(20) == 0
         assert "Traceback" not in server.log()

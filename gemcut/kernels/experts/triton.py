@@ -90,7 +90,7 @@ def find_config(product: str, weight: torch.Tensor, routing: Routing, backend: B
     pairs = routing.order.shape[0]
     if not backend.deterministic:  # then one config whatever the count
         fields = tuned(__file__, shape_key(product, weight), pairs, weight.device)
-        if fields is not None:
+        if fields is not None and (not fields.get("fetchers") or hopper.serves(weight)):
             return Config(**fields)
     experts, _, inputs = weight.shape
     if weight.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed

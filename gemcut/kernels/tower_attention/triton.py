@@ -86,9 +86,11 @@ def find_config(q: torch.Tensor) -> Config | hopper.Config:
     """Which kernel serves q [N, heads, D], and how."""
     # one entry whatever the count: tiles must lie at the same places in every batch
     fields = tuned(__file__, shape_key(q), 0, q.device)
-    if fields is not None:
-        return hopper.Config(**fields) if "groups" in fields else Config(**fields)
+    if fields is not None and "groups" not in fields:
+        return Config(**fields)
     if hopper.serves(q):
+        if fields is not None:
+            return hopper.Config(**fields)
         return hopper.Config(groups=3, block_n=128, stages=4)
     if q.element_size() == 4:  # products of fp32 run outside the matrix units: parity, not speed
         return Config(32, 32, warps=4, stages=1)
