@@ -74,7 +74,8 @@ async def _run(server: Server, seconds: float, rng: random.Random) -> Figure:
     slope, _ = np.polyfit([s.at_s / 3600 for s in warm], [s.rss_mb for s in warm], 1)
     percent = float(100 * slope / warm[0].rss_mb)
     thirds = [[s for at, s in took if lo <= at / seconds < hi] for lo, hi in ((WARM, 0.5), (0.7, 1.0))]
-    early, late = (percentile(times, 0.5) for times in thirds)
+    # a short run on a busy machine may have no answer in one of them
+    early, late = (percentile(times, 0.5) if times else float("nan") for times in thirds)
     first, last = (np.mean([s.descriptors for s in part]) for part in (warm[:5], warm[-5:]))
     judged = seconds >= 60 * LEAST_MINUTES
     slope_told = f"{percent:+.2f} %/h" if judged else "too short for a slope"
